@@ -1,0 +1,156 @@
+"""Fills the folders of public data sets and checkpoints: `python -m common.data.download NAME`.
+
+They go to FLAXWORKS_DATA/NAME or FLAXWORKS_MODELS/NAME, or to the cache where these are not set.
+"""
+
+import gzip
+import hashlib
+import http.client
+import os
+import pathlib
+import urllib.error
+import urllib.request
+from typing import NamedTuple
+
+import tqdm
+
+from common import cli
+from common.errors import UserError
+from common.paths import cache_dir
+
+
+class Remote(NamedTuple):
+  """A file to download.
+
+  Attributes:
+    url: where it is.
+    filename: what it is called here; if it ends in .gz and `url` does not, it is compressed.
+    sha256: of what `url` gives, None where it is not known.
+  """
+
+  url: str
+  filename: str
+  sha256: str | None
+
+
+_WIKITEXT2 = (
+  "https://raw.githubusercontent.com/pytorch/examples/77f55b912142e11fcfdf5b530231fb9c52f181e8/"
+  "word_language_model/data/wikitext-2"
+)
+_MINILM = (
+  "https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2/resolve/"
+  "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
+)
+
+DATA = {
+  "wikitext2": [
+    Remote(
+      f"{_WIKITEXT2}/valid.txt",
+      "valid.txt.gz",
+      "f0737ed31fc1329026e95cb8b98e19c2a182c39c240ab909dc31abf2f8af58e8",
+    ),
+    Remote(
+      f"{_WIKITEXT2}/test.txt",
+      "test.txt.gz",
+      "d790b833ef8cf03a90db7bf1271b7520b83c45ce07ba3c1a9699df81e239eca0",
+    ),
+  ],
+}
+MODELS = {
+  "all-minilm-l6-v2": [
+    Remote(
+      f"{_MINILM}/config.json",
+      "config.json",
+      "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    ),
+    Remote(
+      f"{_MINILM}/model.safetensors",
+      "model.safetensors",
+      "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    ),
+    Remote(
+      f"{_MINILM}/tokenizer.json",
+      "tokenizer.json",
+      "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    ),
+    Remote(
+      f"{_MINILM}/vocab.txt",
+      "vocab.txt",
+      "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+    ),
+    Remote(f"{_MINILM}/tokenizer_config.json", "tokenizer_config.json", None),
+  ],
+}
+
+
+def download(name: str) -> pathlib.Path:
+  """Downloads a data set or a checkpoint, but for the files that are there; returns its folder.
+
+  Raises:
+    UserError: an unknown name; a file that cannot be fetched, stored, or is not what it should be.
+  """
+  if name in DATA:
+    remotes, root = DATA[name], os.environ.get("FLAXWORKS_DATA") or cache_dir("data")
+  elif name in MODELS:
+    remotes, root = MODELS[name], os.environ.get("FLAXWORKS_MODELS") or cache_dir("models")
+  else:
+    raise UserError(f"unknown download {name!r}; {cli.closest(name, _names())}")
+  folder = pathlib.Path(root).expanduser() / name
+  for remote in remotes:
+    path = folder / remote.filename
+    if path.exists():
+      continue
+    try:
+      with cli.writable_folder(folder):
+        _fetch(remote, path)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
+      raise UserError(f"cannot fetch {remote.url}: {getattr(e, 'reason', e)}") from None
+    except OSError as e:
+      raise UserError(f"cannot write {path}: {e.strerror}") from None
+  return folder
+
+
+def _fetch(remote: Remote, path: pathlib.Path) -> None:
+  """Writes `path` whole or not at all."""
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  compress = path.suffix == ".gz" and not remote.url.endswith(".gz")
+  digest = hashlib.sha256()
+  try:
+    with urllib.request.urlopen(remote.url, timeout=30) as response, open(temporary, "wb") as raw:
+      size = response.headers.get("Content-Length")
+      # Without a time stamp the file is the same on every machine.
+      file = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if compress else raw
+      total = int(size) if size else None
+      with tqdm.tqdm(total=total, desc=path.name, unit="B", unit_scale=True) as bar:
+        while block := response.read(1 << 20):
+          digest.update(block)
+          file.write(block)
+          bar.update(len(block))
+      if compress:
+        file.close()
+    if total is not None and bar.n != total:
+      raise UserError(f"{remote.url} broke off after {bar.n} of {total} bytes; try again")
+    if remote.sha256 not in (None, digest.hexdigest()):
+      raise UserError(
+        f"{remote.url} is not the file that it was: its SHA-256 is {digest.hexdigest()}, "
+        f"not {remote.sha256}"
+      )
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def main(argv: list[str]) -> None:
+  """Downloads every name on the command line and prints the folders."""
+  if len(argv) < 2:
+    raise UserError(f"usage: python -m common.data.download NAME ...; {cli.closest('', _names())}")
+  for name in argv[1:]:
+    print(download(name))
+
+
+def _names() -> list[str]:
+  return [*DATA, *MODELS]
+
+
+if __name__ == "__main__":
+  cli.run_app(main)

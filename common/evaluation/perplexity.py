@@ -1,0 +1,85 @@
+"""Perplexity on non-overlapping windows, and paired comparison of two models on the same windows."""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from flax import nnx
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowLosses:
+  """Negative log-likelihood of a model on windows of text.
+
+  Attributes:
+    nll: nats per window, summed over its predicted tokens, float64 [windows].
+    tokens: predicted tokens per window (its length - 1).
+    num_bytes: bytes of text per window [windows], or None.
+  """
+
+  nll: np.ndarray
+  tokens: int
+  num_bytes: np.ndarray | None = None
+
+  @property
+  def perplexity(self) -> float:
+    """exp of the mean negative log-likelihood per token."""
+    return math.exp(self.nll.sum() / (self.nll.size * self.tokens))
+
+  @property
+  def bits_per_byte(self) -> float:
+    """Bits per byte of text: comparable across tokenizers."""
+    if self.num_bytes is None:
+      raise ValueError("the windows came without their number of bytes")
+    return self.nll.sum() / math.log(2) / self.num_bytes.sum()
+
+
+class PairedDifference(NamedTuple):
+  """Mean over windows of (a - b) in nats per token, with its 95 % confidence interval."""
+
+  mean: float
+  low: float
+  high: float
+
+
+def window_losses(
+  model: nnx.Module, windows: Array, *, num_bytes=None, batch_size: int = 16
+) -> WindowLosses:
+  """Scores every window with the model, from an empty context.
+
+  Args:
+    model: a decoder; called as model(tokens) -> (logits [batch, seq, vocab], cache).
+    windows: int32 [windows, seq].
+    num_bytes: bytes of text per window [windows], for bits per byte.
+    batch_size: windows per forward pass.
+  """
+  graphdef, state = nnx.split(model)
+  count, seq = windows.shape
+  batch_size = min(batch_size, count)
+  # The last batch is padded, so that one compilation serves all.
+  padded = np.concatenate([windows, windows[: -count % batch_size]])
+  batches = jnp.asarray(padded).reshape(-1, batch_size, seq)
+  nll = np.concatenate([_nll(graphdef, state, batch) for batch in batches])[:count]
+  return WindowLosses(nll.astype(np.float64), seq - 1, num_bytes)
+
+
+def paired_difference(a: WindowLosses, b: WindowLosses) -> PairedDifference:
+  """Difference of two models on the same windows; pairing removes the windows' own spread."""
+  difference = (a.nll - b.nll) / a.tokens
+  mean = float(difference.mean())
+  half = float(scipy.stats.t.ppf(0.975, difference.size - 1) * scipy.stats.sem(difference))
+  return PairedDifference(mean, mean - half, mean + half)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _nll(graphdef, state, tokens):
+  logits, _ = nnx.merge(graphdef, state)(tokens)
+  log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+  return -jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1).sum(axis=(1, 2))

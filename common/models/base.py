@@ -1,0 +1,184 @@
+"""Base models: small language models pretrained once on the embedded text, or a checkpoint.
+
+`base_model("lm-small")` trains on first use and reads the cache afterwards; `base_model(DIR)` loads
+a Hugging Face directory. Every paper on language models starts here.
+"""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import tokenizers
+from flax import nnx
+
+from common.checkpoints.huggingface import load_decoder
+from common.checkpoints.orbax import load_params, save_params
+from common.data.corpora import fingerprint
+from common.data.pipelines import token_batches, token_windows
+from common.data.tokenizer import load_tokenizer
+from common.evaluation.perplexity import window_losses
+from common.models.decoder import Decoder, DecoderConfig
+from common.paths import cache_dir
+from common.training.loop import train
+from common.training.losses import next_token_loss
+from common.training.optimizer import make_optimizer
+from common.training.train_step import init_train_state, make_train_step
+
+CORPUS = "embedded:code,embedded:prose,embedded:science"
+
+
+class BaseModel(NamedTuple):
+  """A pretrained model.
+
+  Attributes:
+    model: the decoder, float32.
+    tokenizer: its tokenizer.
+    metadata: how it was trained and how well (empty for a loaded checkpoint).
+  """
+
+  model: Decoder
+  tokenizer: tokenizers.Tokenizer
+  metadata: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How a base model is pretrained: AdamW, warmup-cosine, packed rows of the three corpora."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  num_steps: int
+  batch_size: int
+  seq_len: int
+  learning_rate: float
+  weight_decay: float = 0.1
+
+  @property
+  def config(self) -> DecoderConfig:
+    """A Llama of this size with tied embeddings."""
+    return DecoderConfig(
+      vocab_size=self.vocab_size,
+      hidden_size=self.hidden_size,
+      intermediate_size=self.intermediate_size,
+      num_layers=self.num_layers,
+      num_heads=self.num_heads,
+      num_kv_heads=self.num_kv_heads,
+      head_dim=self.hidden_size // self.num_heads,
+      max_position_embeddings=1024,
+      tie_word_embeddings=True,
+    )
+
+
+RECIPES = {
+  # Seconds of training: for tests.
+  "lm-tiny": Recipe(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    num_steps=100,
+    batch_size=8,
+    seq_len=64,
+    learning_rate=1e-2,
+  ),
+  # 1.1 M parameters, some minutes on two CPU cores: the model of the papers' default presets.
+  "lm-small": Recipe(
+    vocab_size=2048,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=4,
+    num_steps=700,
+    batch_size=16,
+    seq_len=128,
+    learning_rate=6e-3,
+  ),
+}
+
+
+def base_model(name_or_path: str, *, seed: int = 0) -> BaseModel:
+  """Returns a base model by name, or loads a Hugging Face directory.
+
+  Args:
+    name_or_path: "lm-tiny" or "lm-small" (pretrained on first use, then cached), or a directory.
+    seed: of initialisation and data order, for the named models.
+
+  Raises:
+    UserError: the directory cannot be loaded, see `Checkpoint`.
+  """
+  if name_or_path in RECIPES:
+    return _pretrained(name_or_path, RECIPES[name_or_path], seed)
+  return BaseModel(load_decoder(name_or_path), load_tokenizer(name_or_path), {})
+
+
+def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
+  settings = dataclasses.asdict(recipe) | {"seed": seed, "corpus": CORPUS}
+  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+  folder = cache_dir("base_models", fingerprint())
+  path = folder / f"{name}-{seed}-{digest}"
+  tokenizer = load_tokenizer(f"embedded-{recipe.vocab_size}")
+  model = Decoder(recipe.config, rngs=nnx.Rngs(seed))
+  graphdef, params = nnx.split(model)
+  if not path.exists():
+    print(f"pretraining the base model {name} once (seed {seed}): {path}", file=sys.stderr)
+    params = _pretrain(graphdef, params, recipe, tokenizer, seed, folder / f"{path.name}.run")
+    model = nnx.merge(graphdef, params)
+    windows = token_windows(CORPUS, tokenizer, split="validation", seq_len=256, limit=256)
+    losses = window_losses(model, windows.tokens, num_bytes=windows.num_bytes)
+    metadata = {
+      "recipe": settings,
+      "validation_perplexity": losses.perplexity,
+      "validation_bits_per_byte": losses.bits_per_byte,
+    }
+    save_params(path, nnx.to_pure_dict(params), metadata)
+  pure, metadata = load_params(path, nnx.to_pure_dict(params))
+  nnx.replace_by_pure_dict(params, pure)
+  return BaseModel(nnx.merge(graphdef, params), tokenizer, metadata)
+
+
+def _pretrain(graphdef, params, recipe: Recipe, tokenizer, seed: int, workdir):
+  def loss_fn(params, batch, key):
+    del key  # No dropout.
+    model = nnx.merge(graphdef, params)
+    logits, _ = model(
+      batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )
+    return next_token_loss(logits, batch["tokens"], batch["segment_ids"])
+
+  optimizer = make_optimizer(
+    learning_rate=recipe.learning_rate,
+    num_steps=recipe.num_steps,
+    warmup_steps=recipe.num_steps // 20,
+    final_fraction=0.05,
+    weight_decay=recipe.weight_decay,
+  )
+  batches = token_batches(
+    CORPUS,
+    tokenizer,
+    split="train",
+    seq_len=recipe.seq_len,
+    batch_size=recipe.batch_size,
+    seed=seed,
+  )
+  state = train(
+    init_train_state(params, optimizer, jax.random.key(seed)),
+    make_train_step(loss_fn, optimizer),
+    iter(batches),
+    num_steps=recipe.num_steps,
+    workdir=workdir,
+    save_every=max(recipe.num_steps // 5, 1),
+    keep=1,
+    description="pretraining",
+  )
+  return jax.tree.map(jnp.asarray, state.params)

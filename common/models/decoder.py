@@ -1,0 +1,390 @@
+"""One config-driven decoder: Llama, Mistral, Qwen2, OPT, GPT-2, GPT-NeoX and BLOOM.
+
+`DecoderConfig` says what a family does differently; there is no copy per family. The forward pass
+takes explicit positions and segment ids, so that padding on either side, packed documents and a
+KV cache are all the same rule: a token attends to the tokens of its own segment whose position is
+not after its own.
+
+Shapes: `batch` rows, `seq` tokens, `heads` query heads, `kv_heads` key/value heads, `dim` the
+hidden size. Linear kernels are [in_features, out_features].
+"""
+
+import dataclasses
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched beyond the training length.
+
+  kind "linear" divides positions by `factor`; "dynamic" (NTK-aware) raises theta once the sequence
+  is longer than `original_max_position`; "llama3" stretches low frequencies only.
+  """
+
+  kind: Literal["linear", "dynamic", "llama3"]
+  factor: float
+  original_max_position: int
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Architecture of a decoder-only language model."""
+
+  vocab_size: int
+  hidden_size: int
+  intermediate_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_position_embeddings: int
+  norm: Literal["rms", "layer"] = "rms"
+  norm_eps: float = 1e-6
+  norm_placement: Literal["pre", "post"] = "pre"
+  parallel_residual: bool = False
+  final_norm: bool = True
+  embedding_norm: bool = False
+  embedding_dim: int | None = None  # OPT-350m projects embeddings of another width in and out.
+  activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+  gated_mlp: bool = True
+  qkv_bias: bool = False
+  attention_out_bias: bool = False
+  mlp_bias: bool = False
+  position: Literal["rope", "learned", "alibi"] = "rope"
+  position_offset: int = 0  # OPT's table of learned positions starts at row 2.
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  rotary_dim: int | None = None  # None rotates the whole head.
+  sliding_window: int | None = None
+  tie_word_embeddings: bool = False
+  family: str = "llama"  # The Hugging Face model_type that this config reads and writes.
+
+
+class AttentionContext(NamedTuple):
+  """What every block of one forward pass shares.
+
+  Attributes:
+    mask: bool [batch, 1, seq, keys], True where the query may attend.
+    bias: ALiBi's additive bias, float32 [batch, heads, seq, keys], or None.
+    rope: (cos, sin), float32 [batch, seq, rotary_dim / 2], or None.
+    offset: int32 [], where this pass writes its keys in the cache (0 without a cache).
+  """
+
+  mask: Array
+  bias: Array | None
+  rope: tuple[Array, Array] | None
+  offset: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class KVCache:
+  """Keys and values of the tokens seen so far, outside the model.
+
+  Attributes:
+    keys: per block [batch, max_length, kv_heads, head_dim], rotated already.
+    values: per block [batch, max_length, kv_heads, head_dim].
+    positions: int32 [batch, max_length].
+    segment_ids: int32 [batch, max_length]; 0 marks padding and slots not yet written.
+    length: int32 [], number of slots written.
+  """
+
+  keys: list[Array]
+  values: list[Array]
+  positions: Array
+  segment_ids: Array
+  length: Array
+
+  @classmethod
+  def empty(cls, config: DecoderConfig, batch: int, max_length: int, dtype=jnp.float32):
+    shape = (batch, max_length, config.num_kv_heads, config.head_dim)
+    return cls(
+      keys=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
+      values=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
+      positions=jnp.zeros((batch, max_length), jnp.int32),
+      segment_ids=jnp.zeros((batch, max_length), jnp.int32),
+      length=jnp.zeros((), jnp.int32),
+    )
+
+
+def attention_mask(
+  positions: Array,
+  segment_ids: Array,
+  key_positions: Array,
+  key_segment_ids: Array,
+  sliding_window: int | None = None,
+) -> Array:
+  """Causal mask within segments, bool [batch, 1, seq, keys].
+
+  Args:
+    positions, segment_ids: int32 [batch, seq] of the queries; segment 0 is padding.
+    key_positions, key_segment_ids: int32 [batch, keys].
+    sliding_window: number of positions, the query's own included, that a query sees.
+  """
+  distance = positions[:, :, None] - key_positions[:, None, :]
+  mask = (segment_ids[:, :, None] == key_segment_ids[:, None, :]) & (
+    key_segment_ids[:, None, :] != 0
+  )
+  mask &= distance >= 0
+  if sliding_window is not None:
+    mask &= distance < sliding_window
+  return mask[:, None]
+
+
+def rope_frequencies(config: DecoderConfig, longest: Array) -> Array:
+  """Rotary frequencies in radians per position, float32 [rotary_dim / 2].
+
+  Args:
+    config: gives theta, the rotated width and the scaling.
+    longest: int32 [], length of the longest sequence; only "dynamic" scaling depends on it.
+  """
+  dim = config.rotary_dim or config.head_dim
+  exponents = jnp.arange(0, dim, 2, dtype=jnp.float32) / dim
+  scaling = config.rope_scaling
+  theta = jnp.float32(config.rope_theta)
+  if scaling is not None and scaling.kind == "dynamic":
+    ratio = jnp.maximum(longest / scaling.original_max_position, 1.0)
+    theta = theta * (scaling.factor * ratio - (scaling.factor - 1)) ** (dim / (dim - 2))
+  frequencies = 1.0 / theta**exponents
+  if scaling is not None and scaling.kind == "linear":
+    frequencies = frequencies / scaling.factor
+  if scaling is not None and scaling.kind == "llama3":
+    # Wavelengths short against the training length keep their frequency, long ones are divided by
+    # `factor`, and the band between is interpolated.
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    smooth = (turns - scaling.low_freq_factor) / (
+      scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    smooth = jnp.clip(smooth, 0.0, 1.0)
+    frequencies = frequencies * (smooth + (1 - smooth) / scaling.factor)
+  return frequencies
+
+
+def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
+  """Rotates the leading channels of each head by halves. x: [batch, seq, heads, head_dim]."""
+  cos, sin = (table[:, :, None, :] for table in rope)
+  half = cos.shape[-1]
+  a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+  rotated = [a * cos - b * sin, b * cos + a * sin, rest]
+  return jnp.concatenate([part.astype(x.dtype) for part in rotated], axis=-1)
+
+
+def alibi_slopes(num_heads: int) -> Array:
+  """Per-head slopes of ALiBi, float32 [heads] (Press et al. 2022, with BLOOM's interpolation)."""
+  power = 2 ** math.floor(math.log2(num_heads))
+  base = 2.0 ** (-8.0 / power)
+  slopes = [base ** (i + 1) for i in range(power)]
+  between = 2.0 ** (-4.0 / power)
+  slopes += [between ** (2 * i + 1) for i in range(num_heads - power)]
+  return jnp.array(slopes, jnp.float32)
+
+
+def gelu(x: Array) -> Array:
+  return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: Array) -> Array:
+  return jax.nn.gelu(x, approximate=True)
+
+
+# Module-level functions, so that equal blocks have equal graph definitions and share compilations.
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": jax.nn.relu}
+
+
+def _norm(config: DecoderConfig, features: int, rngs: nnx.Rngs):
+  if config.norm == "rms":
+    return nnx.RMSNorm(features, epsilon=config.norm_eps, rngs=rngs)
+  # The fast variance E[x^2] - E[x]^2 cancels on channels with a large mean.
+  return nnx.LayerNorm(features, epsilon=config.norm_eps, use_fast_variance=False, rngs=rngs)
+
+
+def _linear(in_features: int, out_features: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
+  init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
+  return nnx.Linear(in_features, out_features, use_bias=bias, kernel_init=init, rngs=rngs)
+
+
+class Attention(nnx.Module):
+  """Multi-head attention with grouped key/value heads."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    query_width = config.num_heads * config.head_dim
+    kv_width = config.num_kv_heads * config.head_dim
+    self.head_dim = config.head_dim
+    self.q_proj = _linear(config.hidden_size, query_width, config.qkv_bias, rngs)
+    self.k_proj = _linear(config.hidden_size, kv_width, config.qkv_bias, rngs)
+    self.v_proj = _linear(config.hidden_size, kv_width, config.qkv_bias, rngs)
+    self.o_proj = _linear(query_width, config.hidden_size, config.attention_out_bias, rngs)
+
+  def __call__(self, x: Array, context: AttentionContext, kv=None):
+    """x: [batch, seq, dim] -> ([batch, seq, dim], the block's updated (keys, values) or None)."""
+    split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
+    query, key, value = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+    if context.rope is not None:
+      query, key = apply_rope(query, context.rope), apply_rope(key, context.rope)
+    if kv is not None:
+      write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
+        cache, new.astype(cache.dtype), context.offset, axis=1
+      )
+      key, value = kv = write(kv[0], key), write(kv[1], value)
+      key, value = key.astype(query.dtype), value.astype(query.dtype)
+    out = jax.nn.dot_product_attention(query, key, value, bias=context.bias, mask=context.mask)
+    return self.o_proj(out.reshape(*out.shape[:2], -1)), kv
+
+
+class MLP(nnx.Module):
+  """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    dim, hidden, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    self.gate_proj = _linear(dim, hidden, bias, rngs) if config.gated_mlp else None
+    self.up_proj = _linear(dim, hidden, bias, rngs)
+    self.activation = ACTIVATIONS[config.activation]
+    self.down_proj = _linear(hidden, dim, bias, rngs)
+
+  def __call__(self, x: Array) -> Array:
+    """x: [batch, seq, dim] -> [batch, seq, dim]."""
+    if self.gate_proj is None:
+      return self.down_proj(self.activation(self.up_proj(x)))
+    return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+  """One transformer layer."""
+
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    self.norm_placement = config.norm_placement
+    self.parallel_residual = config.parallel_residual
+    self.attention_norm = _norm(config, config.hidden_size, rngs)
+    self.attention = Attention(config, rngs)
+    self.mlp_norm = _norm(config, config.hidden_size, rngs)
+    self.mlp = MLP(config, rngs)
+
+  def __call__(self, x: Array, context: AttentionContext, kv=None):
+    """x: [batch, seq, dim] -> ([batch, seq, dim], updated (keys, values) or None)."""
+    if self.norm_placement == "post":
+      attended, kv = self.attention(x, context, kv)
+      x = self.attention_norm(x + attended)
+      return self.mlp_norm(x + self.mlp(x)), kv
+    attended, kv = self.attention(self.attention_norm(x), context, kv)
+    if self.parallel_residual:
+      return x + attended + self.mlp(self.mlp_norm(x)), kv
+    x = x + attended
+    return x + self.mlp(self.mlp_norm(x)), kv
+
+
+class Decoder(nnx.Module):
+  """Decoder-only language model."""
+
+  def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    width = config.embedding_dim or config.hidden_size
+    init = nnx.initializers.normal(0.02)
+    self.embed_tokens = nnx.Embed(config.vocab_size, width, embedding_init=init, rngs=rngs)
+    rows = config.max_position_embeddings + config.position_offset
+    self.embed_positions = (
+      nnx.Embed(rows, config.hidden_size, embedding_init=init, rngs=rngs)
+      if config.position == "learned"
+      else None
+    )
+    projects = width != config.hidden_size
+    self.project_in = _linear(width, config.hidden_size, False, rngs) if projects else None
+    self.project_out = _linear(config.hidden_size, width, False, rngs) if projects else None
+    self.embed_norm = _norm(config, config.hidden_size, rngs) if config.embedding_norm else None
+    self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+    self.final_norm = _norm(config, config.hidden_size, rngs) if config.final_norm else None
+    tied = config.tie_word_embeddings
+    self.lm_head = None if tied else _linear(width, config.vocab_size, False, rngs)
+
+  def __call__(
+    self,
+    tokens: Array,
+    *,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+    cache: KVCache | None = None,
+  ) -> tuple[Array, KVCache | None]:
+    """Runs the model.
+
+    Args:
+      tokens: int32 [batch, seq].
+      positions: int32 [batch, seq]; by default 0, 1, ... (continued after the cache's tokens).
+      segment_ids: int32 [batch, seq], 0 for padding; by default all 1.
+      cache: keys and values to read and to append to.
+
+    Returns:
+      logits float32 [batch, seq, vocab], and the updated cache (None without one).
+    """
+    if positions is None:
+      start = 0 if cache is None else cache.length
+      positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+    context, cache = self.context(positions, segment_ids, cache)
+    x = self.embed(tokens, positions)
+    for i, block in enumerate(self.blocks):
+      x, kv = block(x, context, None if cache is None else (cache.keys[i], cache.values[i]))
+      if cache is not None:
+        cache.keys[i], cache.values[i] = kv
+    if cache is not None:
+      cache.length = cache.length + tokens.shape[1]
+    return self.head(x), cache
+
+  def context(self, positions: Array, segment_ids: Array, cache: KVCache | None = None):
+    """Returns the blocks' `AttentionContext` and the cache with these tokens' ids written."""
+    return make_context(self.config, positions, segment_ids, cache)
+
+  def embed(self, tokens: Array, positions: Array) -> Array:
+    """int32 [batch, seq] -> [batch, seq, dim], the first block's input."""
+    x = self.embed_tokens(tokens)
+    if self.project_in is not None:
+      x = self.project_in(x)
+    if self.embed_positions is not None:
+      x = x + self.embed_positions(positions + self.config.position_offset)
+    return x if self.embed_norm is None else self.embed_norm(x)
+
+  def head(self, x: Array) -> Array:
+    """The last block's output [batch, seq, dim] -> logits float32 [batch, seq, vocab]."""
+    if self.final_norm is not None:
+      x = self.final_norm(x)
+    if self.project_out is not None:
+      x = self.project_out(x)
+    logits = self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
+    return logits.astype(jnp.float32)
+
+
+def make_context(
+  config: DecoderConfig, positions: Array, segment_ids: Array, cache: KVCache | None = None
+) -> tuple[AttentionContext, KVCache | None]:
+  """`AttentionContext` of one forward pass, and the cache with the new tokens' ids written.
+
+  Args:
+    config: the decoder's.
+    positions, segment_ids: int32 [batch, seq] of the new tokens.
+    cache: the cache before the pass; its own fields are not modified.
+  """
+  key_positions, key_segments, offset = positions, segment_ids, jnp.zeros((), jnp.int32)
+  if cache is not None:
+    offset = cache.length
+    write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, offset, axis=1)
+    key_positions = write(cache.positions, positions)
+    key_segments = write(cache.segment_ids, segment_ids)
+    cache = KVCache(list(cache.keys), list(cache.values), key_positions, key_segments, offset)
+  mask = attention_mask(positions, segment_ids, key_positions, key_segments, config.sliding_window)
+  rope = bias = None
+  if config.position == "rope":
+    longest = jnp.max(jnp.where(key_segments != 0, key_positions, 0)) + 1
+    angles = positions[..., None] * rope_frequencies(config, longest)
+    rope = (jnp.cos(angles), jnp.sin(angles))
+  if config.position == "alibi":
+    distance = (key_positions[:, None, :] - positions[:, :, None]).astype(jnp.float32)
+    bias = alibi_slopes(config.num_heads)[None, :, None, None] * distance[:, None]
+  return AttentionContext(mask, bias, rope, offset), cache

@@ -1,0 +1,73 @@
+"""Model surgery: find, replace and observe the linear layers of an NNX module by path.
+
+A path is the dotted attribute path inside a module, such as "attention.q_proj".
+"""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+
+def get_module(module: nnx.Module, path: str):
+  """Returns the submodule (or attribute) at `path`.
+
+  Raises:
+    AttributeError: there is none.
+  """
+  for name in path.split("."):
+    module = module[int(name)] if name.isdigit() else getattr(module, name)
+  return module
+
+
+def replace_module(module: nnx.Module, path: str, new) -> None:
+  """Puts `new` at `path`, in place."""
+  parent, _, name = path.rpartition(".")
+  parent = get_module(module, parent) if parent else module
+  if name.isdigit():
+    parent[int(name)] = new
+  else:
+    setattr(parent, name, new)
+
+
+def linear_paths(module: nnx.Module) -> list[str]:
+  """Paths of the `nnx.Linear` layers below `module`, sorted."""
+  paths = (
+    ".".join(map(str, path)) for path, m in nnx.iter_modules(module) if isinstance(m, nnx.Linear)
+  )
+  return sorted(paths)
+
+
+class _Recorder(nnx.Module):
+  def __init__(self, layer, record: Callable[[jax.Array], None]):
+    self.layer = layer
+    self.record = record
+
+  def __call__(self, x):
+    self.record(x)
+    return self.layer(x)
+
+
+def record_inputs(module: nnx.Module, paths: list[str], run: Callable[[nnx.Module], object]):
+  """Runs `run(module)` while noting the input of the layers at `paths`.
+
+  Safe under `jit`: the notes are values of the same trace, returned to the caller.
+
+  Args:
+    module: is restored before the call returns.
+    paths: layers to observe; each must be called exactly once by `run`.
+    run: any function of the module.
+
+  Returns:
+    (what `run` returned, {path: that layer's input}).
+  """
+  inputs: dict[str, jax.Array] = {}
+  originals = {path: get_module(module, path) for path in paths}
+  for path, layer in originals.items():
+    replace_module(module, path, _Recorder(layer, lambda x, path=path: inputs.update({path: x})))
+  try:
+    output = run(module)
+  finally:
+    for path, layer in originals.items():
+      replace_module(module, path, layer)
+  return output, inputs

@@ -1,0 +1,200 @@
+"""Packed weights in safetensors, in the GEMM layout of AutoAWQ that other tools read.
+
+Per linear: `qweight` int32 [in, out * bits / 32], `qzeros` int32 [groups, out * bits / 32] and
+`scales` float16 [groups, out]. Eight 4-bit codes share a word in the order 0 2 4 6 1 3 5 7, lowest
+bits first. 2 and 8 bits are laid out alike in natural order, 3 bits as bit planes [ceil(in / 32) *
+3, out] with one zero point per byte; these three are ours, and marked as such in config.json.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.checkpoints.huggingface import tensor_name, to_hf
+from common.errors import UserError
+from common.models.decoder import DecoderConfig
+from common.models.surgery import get_module, replace_module
+from common.quantization.equivalent import ScaledActivation
+from common.quantization.linear import QuantizedLinear, QuantizedWeight
+from common.quantization.quantized_array import IntegerFormat, QuantizedArray
+from kernels.quantized_matmul.packing import unpack
+
+if TYPE_CHECKING:
+  from common.checkpoints.huggingface import Checkpoint
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def quantization_config(format: IntegerFormat) -> dict[str, Any]:
+  """The `quantization_config` entry of config.json.
+
+  Raises:
+    UserError: the layout cannot hold the format.
+  """
+  if format.axis != 0 or format.symmetric:
+    raise UserError(
+      "the AutoAWQ layout holds asymmetric weights grouped along the input (axis=0, "
+      f"symmetric=False), not {format}"
+    )
+  return {
+    "quant_method": "awq",
+    "version": "gemm" if format.bits == 4 else "flaxworks",
+    "bits": format.bits,
+    "group_size": format.group_size,
+    "zero_point": True,
+    "modules_to_not_convert": None,
+  }
+
+
+def to_tensors(
+  module: nnx.Module, config: DecoderConfig, prefix: tuple = ()
+) -> dict[str, np.ndarray]:
+  """Tensors of a quantized decoder, or of its part at `prefix`, by Hugging Face name.
+
+  Args:
+    module: a `Decoder` or block, its linears packed or not.
+    config: the decoder's config.
+    prefix: path of `module` in the decoder, such as ("blocks", 3).
+
+  Raises:
+    UserError: the layout has no place for something in the model.
+  """
+  family = _family(config)
+  if any(isinstance(layer, ScaledActivation) for _, layer in nnx.iter_modules(module)):
+    raise UserError(
+      f"the AutoAWQ layout cannot hold the scaled {config.activation} activation of this model; "
+      "save the search result and apply it to the checkpoint instead"
+    )
+  tensors = to_hf(module, config, prefix)
+  for path, layer in nnx.iter_modules(module):
+    if isinstance(layer, QuantizedLinear):
+      name = tensor_name(family, prefix + tuple(path) + ("kernel",)).removesuffix(".weight")
+      tensors |= {f"{name}.{k}": v for k, v in _encode(layer.weight.get_value()).items()}
+  return tensors
+
+
+def attach(module: nnx.Module, checkpoint: "Checkpoint", stems: Mapping[str, str]) -> None:
+  """Replaces linears of a freshly loaded module by the checkpoint's packed weights, in place.
+
+  Args:
+    module: a decoder or block.
+    checkpoint: opened, with a `quantization_config`.
+    stems: {path of the linear: name of its tensors without the last part}.
+
+  Raises:
+    UserError: the quantization method or layout is not supported, or shapes disagree.
+  """
+  format = read_format(checkpoint.quantization)
+  for path, stem in stems.items():
+    names = [f"{stem}.{part}" for part in ("qweight", "qzeros", "scales")]
+    tensors = checkpoint.read(names)
+    weight = _decode(*(tensors[n] for n in names), format, stem)
+    layer = get_module(module, path)
+    if weight.shape != (layer.in_features, layer.out_features):
+      raise UserError(
+        f"{checkpoint.path}: {stem} gives a weight {weight.shape}, config.json asks for "
+        f"{(layer.in_features, layer.out_features)}"
+      )
+    bias = None if layer.bias is None else layer.bias[...]
+    replace_module(module, path, QuantizedLinear(weight, bias))
+
+
+def read_format(config: Mapping[str, Any] | None) -> IntegerFormat:
+  """The format that a `quantization_config` describes.
+
+  Raises:
+    UserError: it is not an AWQ checkpoint in a layout that is read here.
+  """
+  config = config or {}
+  method, version = config.get("quant_method"), str(config.get("version", "gemm")).lower()
+  if method != "awq" or version not in ("gemm", "flaxworks") or not config.get("zero_point", True):
+    raise UserError(
+      f"quantized checkpoint of method {method!r}, version {version!r} is not supported; "
+      "supported: awq with version gemm and zero points"
+    )
+  return IntegerFormat(config["bits"], config["group_size"], scale_dtype=jnp.float16)
+
+
+def _family(config: DecoderConfig):
+  from common.checkpoints.families import FAMILIES
+
+  family = FAMILIES[config.family]
+  if family.fused_qkv:
+    raise UserError(
+      f"{family.architecture} fuses q, k and v in one tensor, which the AutoAWQ layout would have "
+      "to quantize as one; save the search result and apply it to the checkpoint instead"
+    )
+  return family
+
+
+def _order(bits: int) -> np.ndarray:
+  return np.array(AWQ_ORDER if bits == 4 else range(32 // bits))
+
+
+def _to_words(codes: np.ndarray, bits: int) -> np.ndarray:
+  """uint8 [rows, columns] -> int32 [rows, columns * bits / 32]."""
+  per_word = 32 // bits
+  if codes.shape[1] % per_word:
+    raise UserError(
+      f"{codes.shape[1]} output channels do not fill whole 32-bit words of {bits}-bit codes; "
+      f"the output dimension must be a multiple of {per_word}"
+    )
+  lanes = codes.reshape(codes.shape[0], -1, per_word)[:, :, _order(bits)].astype(np.uint32)
+  shifts = (np.arange(per_word) * bits).astype(np.uint32)
+  return np.bitwise_or.reduce(lanes << shifts, axis=-1).view(np.int32)
+
+
+def _from_words(words: np.ndarray, bits: int) -> np.ndarray:
+  """Inverse of `_to_words`."""
+  shifts = (np.arange(32 // bits) * bits).astype(np.uint32)
+  lanes = (words.view(np.uint32)[:, :, None] >> shifts) & np.uint32(2**bits - 1)
+  codes = np.empty_like(lanes, dtype=np.uint8)
+  codes[:, :, _order(bits)] = lanes
+  return codes.reshape(words.shape[0], -1)
+
+
+def _encode(weight: QuantizedArray) -> dict[str, np.ndarray]:
+  quantization_config(weight.format)
+  bits = weight.format.bits
+  zeros = np.asarray(weight.zero_points.astype(jnp.uint8))
+  if bits == 3:
+    planes = np.asarray(weight.values)
+    qweight, qzeros = planes.reshape(-1, planes.shape[-1]).view(np.int32), _to_words(zeros, 8)
+  else:
+    codes = np.asarray(unpack(weight.values, bits, weight.shape[0], signed=False))
+    qweight, qzeros = _to_words(codes, bits), _to_words(zeros, bits)
+  scales = np.asarray(weight.scales.astype(jnp.float16))
+  return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
+
+
+def _decode(
+  qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, format: IntegerFormat, name: str
+) -> QuantizedArray:
+  for tensor, dtypes in ((qweight, ("int32",)), (qzeros, ("int32",)), (scales, ("float16",))):
+    if str(tensor.dtype) not in dtypes or tensor.ndim != 2:
+      raise UserError(f"{name}: packed tensors must be 2-D int32 and float16, got {tensor.dtype}")
+  groups, columns = scales.shape
+  bits = format.bits
+  rows = groups * format.group_size if format.group_size > 0 else None
+  if bits == 3:
+    planes = qweight.view(np.uint32).reshape(-1, 3, columns)
+    rows = rows or planes.shape[0] * 32
+    values, zeros = jnp.asarray(planes), _from_words(qzeros, 8)
+    native = jnp.uint8
+  else:
+    rows = rows or qweight.shape[0]
+    native = {2: jnp.uint2, 4: jnp.uint4, 8: jnp.uint8}[bits]
+    values = jnp.asarray(_from_words(qweight, bits)).astype(native)
+    zeros = _from_words(qzeros, bits)
+  expected = (-(-rows // 32), 3, columns) if bits == 3 else (rows, columns)
+  if values.shape != expected or zeros.shape != scales.shape:
+    raise UserError(
+      f"{name}: qweight {qweight.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not "
+      f"belong together at {bits} bits, group_size {format.group_size}"
+    )
+  return QuantizedArray(
+    values, jnp.asarray(scales), jnp.asarray(zeros).astype(native), format, (rows, columns)
+  )

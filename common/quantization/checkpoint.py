@@ -1,0 +1,53 @@
+"""Quantizes a checkpoint directory into another one, block by block."""
+
+import os
+
+import jax
+
+from common.checkpoints.huggingface import Checkpoint, CheckpointWriter
+from common.errors import UserError
+from common.quantization import autoawq
+from common.quantization.calibration import QuantizeBlock, quantize_blocks
+from common.quantization.quantized_array import IntegerFormat
+
+
+def quantize_checkpoint(
+  source: Checkpoint,
+  out: str | os.PathLike,
+  tokens: jax.Array,
+  quantize_block: QuantizeBlock,
+  format: IntegerFormat,
+  *,
+  stream: str = "full_precision",
+  overwrite: bool = False,
+) -> None:
+  """Streams `source` through `quantize_block` into a packed checkpoint at `out`.
+
+  Memory holds one block, the calibration activations and the embeddings, however deep the model.
+  Each block is a shard of its own; `out` appears only when complete.
+
+  Args:
+    source: full-precision checkpoint.
+    out: directory to create, in the AutoAWQ layout (`autoawq`).
+    tokens: calibration samples, int32 [samples, seq].
+    quantize_block: returns the block with its linears packed, see `quantize_blocks`.
+    format: of the packed weights, written to config.json.
+    stream: see `quantize_blocks`.
+    overwrite: replace `out` if it exists.
+
+  Raises:
+    UserError: `source` is quantized already, `out` exists or cannot be written, or the layout
+      cannot hold the format.
+  """
+  if source.quantization:
+    raise UserError(f"{source.path} is quantized already; start from the full-precision checkpoint")
+  config = dict(source.hf_config) | {"quantization_config": autoawq.quantization_config(format)}
+  with CheckpointWriter(out, config, tokenizer_from=source.path, overwrite=overwrite) as writer:
+    outer = source.load_outer()
+    writer.add(autoawq.to_tensors(outer, source.config))
+    writer.flush()
+    blocks = (source.load_block(i) for i in range(source.config.num_layers))
+    quantized = quantize_blocks(outer, blocks, tokens, quantize_block, stream=stream)
+    for i, block in enumerate(quantized):
+      writer.add(autoawq.to_tensors(block, source.config, ("blocks", i)))
+      writer.flush()

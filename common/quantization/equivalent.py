@@ -1,0 +1,110 @@
+"""Per-channel scaling that leaves the full-precision function unchanged.
+
+y = W x = (W diag(s)) (diag(1/s) x). The 1/s is folded into the operation that produces x: a norm's
+gain, the columns of a linear, or an explicit division where nothing linear precedes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from common.models.decoder import DecoderConfig
+from common.models.surgery import get_module
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingGroup:
+  """Linears of a decoder block that share one input, and the operation that produces it.
+
+  Attributes:
+    previous: path of the norm, linear or activation that the inverse scale is folded into.
+    linears: paths of the linears whose input channels are scaled.
+    inspect: path of the module whose output error a scale search measures; it takes the same
+      input as the linears (the whole attention for q, k, v).
+  """
+
+  previous: str
+  linears: tuple[str, ...]
+  inspect: str
+
+
+def scaling_groups(config: DecoderConfig) -> list[ScalingGroup]:
+  """The scaling groups of a decoder's block (AWQ, Appendix A, and its reference code).
+
+  With grouped-query attention v -> o is left out: one value channel feeds several query heads, so
+  the shapes do not match. Post-norm blocks have no norm whose only consumers are the linears.
+  """
+  groups = []
+  pre_norm = config.norm_placement == "pre"
+  if pre_norm:
+    qkv = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+    groups.append(ScalingGroup("attention_norm", qkv, "attention"))
+  if config.num_heads == config.num_kv_heads:
+    groups.append(ScalingGroup("attention.v_proj", ("attention.o_proj",), "attention.o_proj"))
+  if pre_norm and config.gated_mlp:
+    groups.append(ScalingGroup("mlp_norm", ("mlp.gate_proj", "mlp.up_proj"), "mlp"))
+  elif pre_norm:
+    groups.append(ScalingGroup("mlp_norm", ("mlp.up_proj",), "mlp.up_proj"))
+  # The gate multiplies and ReLU is positively homogeneous, so the scale passes to up_proj; any
+  # other activation has to be divided explicitly.
+  passes = config.gated_mlp or config.activation == "relu"
+  previous = "mlp.up_proj" if passes else "mlp.activation"
+  groups.append(ScalingGroup(previous, ("mlp.down_proj",), "mlp.down_proj"))
+  return groups
+
+
+class ScaledActivation(nnx.Module):
+  """activation(x) / scale, where no preceding operation can take the scale."""
+
+  def __init__(self, activation: Callable[[Array], Array], scale: Array):
+    self.activation = activation
+    self.scale = nnx.Param(scale)
+
+  def __call__(self, x: Array) -> Array:
+    return self.activation(x) / self.scale[...].astype(x.dtype)
+
+
+def fold_scale(block: nnx.Module, group: ScalingGroup, scale: Array) -> None:
+  """Divides the group's input channels by `scale` and multiplies its weights, in place.
+
+  Args:
+    block: a decoder block.
+    group: which input of the block.
+    scale: positive, [in].
+  """
+  parent, _, name = group.previous.rpartition(".")
+  previous = get_module(block, group.previous)
+  if isinstance(previous, (nnx.RMSNorm, nnx.LayerNorm)):
+    previous.scale[...] = previous.scale[...] / scale
+    if getattr(previous, "bias", None) is not None:
+      previous.bias[...] = previous.bias[...] / scale
+  elif isinstance(previous, nnx.Linear):
+    previous.kernel[...] = previous.kernel[...] / scale
+    if previous.bias is not None:
+      previous.bias[...] = previous.bias[...] / scale
+  elif isinstance(previous, ScaledActivation):
+    previous.scale[...] = previous.scale[...] * scale
+  else:
+    setattr(get_module(block, parent), name, nnx.data(ScaledActivation(previous, scale)))
+  for path in group.linears:
+    linear = get_module(block, path)
+    linear.kernel[...] = linear.kernel[...] * scale[:, None]
+
+
+def smoothquant_scale(x_max: Array, kernels: list[Array], alpha: float = 0.5) -> Array:
+  """SmoothQuant's per-channel scale max|x|^alpha / max|w|^(1 - alpha), [in].
+
+  Xiao et al. 2023, equation 4. The weights are to be multiplied by it, the inputs divided.
+
+  Args:
+    x_max: largest |x| per input channel, [in].
+    kernels: weights of the linears that share the input, each [in, out].
+    alpha: migration strength; 0.5 shares the difficulty evenly.
+  """
+  w_max = jax.numpy.stack([jax.numpy.abs(k).max(axis=1) for k in kernels]).max(axis=0)
+  scale = jax.numpy.maximum(x_max, 1e-5) ** alpha / jax.numpy.maximum(w_max, 1e-5) ** (1 - alpha)
+  return jax.numpy.maximum(scale, 1e-5)

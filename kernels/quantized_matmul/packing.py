@@ -1,0 +1,53 @@
+"""Storage of low-bit integer codes: native 2-, 4- and 8-bit arrays, bit planes for 3 bits.
+
+A code is an unsigned integer 0 .. 2^bits - 1 when the array has zero points, else a two's-complement
+integer -2^(bits-1) .. 2^(bits-1) - 1.
+
+XLA has no 3-bit type. Three bit planes of 32 consecutive rows make three 32-bit words, so that 3
+bits really take 3 bits and unpacking is a shift and a mask for whole vectors, with no value
+straddling two words.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+SUPPORTED_BITS = (2, 3, 4, 8)
+PLANE_ROWS = 32
+
+_UNSIGNED = {2: jnp.uint2, 4: jnp.uint4, 8: jnp.uint8}
+_SIGNED = {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}
+
+
+def pack(codes: Array, bits: int, *, signed: bool) -> Array:
+  """Packs codes.
+
+  Args:
+    codes: integers [rows, columns] in the range that `bits` and `signed` give.
+    bits: 2, 3, 4 or 8.
+    signed: two's complement (arrays without zero points).
+
+  Returns:
+    [rows, columns] of the native type, or for 3 bits uint32 [ceil(rows / 32), 3, columns].
+  """
+  if bits != 3:
+    return codes.astype((_SIGNED if signed else _UNSIGNED)[bits])
+  rows, columns = codes.shape
+  padded = jnp.pad(codes.astype(jnp.uint32) & 7, ((0, -rows % PLANE_ROWS), (0, 0)))
+  padded = padded.reshape(-1, PLANE_ROWS, columns)
+  shifts = jnp.arange(PLANE_ROWS, dtype=jnp.uint32)[None, :, None]
+  planes = [jnp.sum(((padded >> b) & 1) << shifts, axis=1, dtype=jnp.uint32) for b in range(3)]
+  return jnp.stack(planes, axis=1)
+
+
+def unpack(values: Array, bits: int, rows: int, *, signed: bool) -> Array:
+  """Inverse of `pack`: int8 (uint8 without sign) codes [rows, columns]."""
+  dtype = jnp.int8 if signed else jnp.uint8
+  if bits != 3:
+    return values.astype(dtype)
+  shifts = jnp.arange(PLANE_ROWS, dtype=jnp.uint32)[None, :, None]
+  codes = sum(((values[:, b, None, :] >> shifts) & 1) << b for b in range(3))
+  if signed:
+    codes = (codes ^ 4).astype(jnp.int32) - 4
+  return codes.reshape(-1, values.shape[-1])[:rows].astype(dtype)

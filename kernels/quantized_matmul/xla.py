@@ -1,0 +1,46 @@
+"""Reference implementation in plain JAX: dequantize, then dot. The CPU path."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.quantized_matmul.packing import unpack
+
+Array = jax.Array
+
+
+def dequantize(
+  values: Array,
+  scales: Array,
+  zero_points: Array | None,
+  *,
+  bits: int,
+  rows: int,
+  dtype=jnp.float32,
+) -> Array:
+  """(code - zero_point) * scale, [rows, columns].
+
+  Args:
+    values: packed codes of a [rows, columns] matrix, see `packing`.
+    scales: [rows / group, columns], [rows, columns / group] or [1, 1]: one scale per group of
+      consecutive rows, of consecutive columns, or for the whole matrix.
+    zero_points: unsigned integers shaped like `scales`, or None for symmetric codes.
+    bits: 2, 3, 4 or 8.
+    rows: number of rows (bit planes are padded).
+    dtype: of the result; the arithmetic is float32.
+  """
+  codes = unpack(values, bits, rows, signed=zero_points is None)
+  groups = scales.shape
+  shape = (groups[0], rows // groups[0], groups[1], codes.shape[1] // groups[1])
+  weights = codes.reshape(shape).astype(jnp.float32)
+  if zero_points is not None:
+    weights = weights - zero_points.astype(jnp.float32)[:, None, :, None]
+  weights = weights * scales.astype(jnp.float32)[:, None, :, None]
+  return weights.reshape(codes.shape).astype(dtype)
+
+
+def quantized_matmul(
+  x: Array, values: Array, scales: Array, zero_points: Array | None, *, bits: int
+) -> Array:
+  """x [..., rows] times the dequantized [rows, columns], accumulated in float32."""
+  weights = dequantize(values, scales, zero_points, bits=bits, rows=x.shape[-1], dtype=x.dtype)
+  return jnp.dot(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)

@@ -1,0 +1,236 @@
+"""AWQ: activation-aware weight quantization (Lin et al., MLSys 2024, arXiv 2306.00978).
+
+Weights that meet large activations matter most. AWQ multiplies the input channels of a linear by
+s = s_X^r (s_X: mean activation magnitude), rounds the weights group by group, and divides the
+inputs by s, which the preceding operation absorbs (section 3.2). Two grid searches, no gradients:
+
+  scale  r* = argmin_r || f(x; W) - f(x; Q(W diag(s)) diag(1/s)) ||^2     over r = 0, 1/20, ..., 19/20
+  clip   m* = argmin_m || x W - x Q(clip(W, -m, m)) ||^2                  per group and output channel
+
+Weights are [in, out] here: the paper's input channels are rows. Everything that looks at a whole
+block is jitted once per block shape.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.models.decoder import AttentionContext, Block, DecoderConfig
+from common.models.surgery import get_module
+from common.quantization import rtn
+from common.quantization.calibration import block_inputs
+from common.quantization.equivalent import ScalingGroup, fold_scale, scaling_groups
+from common.quantization.linear import get_kernels, pack_linears, set_kernels
+from common.quantization.quantized_array import IntegerFormat
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AWQSettings:
+  """What to search and how finely.
+
+  Attributes:
+    format: the weights' integer format, asymmetric and grouped along the input in the paper.
+    auto_scale: search the scales; False leaves them at 1.
+    mse_range: search the clipping range; False keeps min-max.
+    scale_grid: number of exponents r, 0, 1/n, ..., (n-1)/n.
+    fixed_ratio: use this exponent r instead of searching it.
+    scale_stat: activation statistic per channel, mean |x| (the paper) or max |x|.
+    clip_grid: the range shrinks in steps of 1/n.
+    max_shrink: the most that the range shrinks, as a fraction.
+    clip_tokens: about how many tokens the clip search looks at (a stride through all of them).
+  """
+
+  format: IntegerFormat
+  auto_scale: bool = True
+  mse_range: bool = True
+  scale_grid: int = 20
+  fixed_ratio: float | None = None
+  scale_stat: Literal["mean", "max"] = "mean"
+  clip_grid: int = 20
+  max_shrink: float = 0.5
+  clip_tokens: int = 512
+
+
+@dataclasses.dataclass
+class BlockSearch:
+  """The search's result for one block.
+
+  Attributes:
+    scales: {path of the operation that absorbs it: s, [in]}.
+    clips: {path of a linear: largest |w| kept, [groups, out]}.
+  """
+
+  scales: dict[str, Array]
+  clips: dict[str, Array]
+
+
+def activation_statistic(x: Array, stat: str = "mean") -> Array:
+  """s_X: mean (or max) of |x| over all tokens, float32 [in]. x: [..., in]."""
+  magnitude = jnp.abs(x.astype(jnp.float32)).reshape(-1, x.shape[-1])
+  return magnitude.mean(axis=0) if stat == "mean" else magnitude.max(axis=0)
+
+
+def channel_scale(s_x: Array, ratio: Array | float) -> Array:
+  """s = s_X^r, normalised to sqrt(max(s) min(s)) = 1, [in].
+
+  The floor of 1e-4 comes before the normalisation: a dead channel would otherwise send s to
+  infinity.
+  """
+  scale = jnp.maximum(s_x.astype(jnp.float32) ** ratio, 1e-4)
+  return scale / jnp.sqrt(scale.max() * scale.min())
+
+
+def scaled_fake_quantize(w: Array, scale: Array, format: IntegerFormat) -> Array:
+  """Q(W diag(s)) diag(1/s): what the scaled layer computes, seen from the unscaled input."""
+  return rtn.fake_quantize(w * scale[:, None], format) / scale[:, None]
+
+
+def search_scale(forward, kernels: dict[str, Array], s_x: Array, settings: AWQSettings):
+  """Grid search of the exponent r (equations 4 and 5 of the paper).
+
+  Args:
+    forward: {path: kernel} -> mean squared error of the inspected module's output.
+    kernels: full-precision kernels of the linears that share the input, each [in, out].
+    s_x: activation statistic of that input, [in].
+    settings: grid and format.
+
+  Returns:
+    (scale [in], loss of every exponent on the grid [scale_grid]). r = 0 is plain rounding, so the
+    chosen loss is never above it; ties go to the smaller r.
+  """
+
+  def loss(ratio):
+    scale = channel_scale(s_x, ratio)
+    return forward({p: scaled_fake_quantize(w, scale, settings.format) for p, w in kernels.items()})
+
+  ratios = jnp.arange(settings.scale_grid, dtype=jnp.float32) / settings.scale_grid
+  losses = jax.lax.map(loss, ratios)
+  best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
+  return channel_scale(s_x, ratios[best]), losses
+
+
+def search_clip(w: Array, x: Array, settings: AWQSettings) -> Array:
+  """Grid search of the clipping range of each group and output channel (section 3.2).
+
+  The error of a group is the mean over tokens of (sum_i x_i e_i)^2 with e = Q(clip(w)) - w. As a
+  quadratic form e^T G e in the group's Gram matrix G = mean x x^T it costs the same for any number
+  of tokens.
+
+  Args:
+    w: [in, out], scaled already.
+    x: the linear's inputs [..., in], divided by the scale already.
+    settings: grid and format.
+
+  Returns:
+    The largest |w| to keep, [groups, out].
+  """
+  x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  x = x[:: max(1, x.shape[0] // settings.clip_tokens)]
+  groups = settings.format.num_groups(w.shape)[0]
+  x = x.reshape(x.shape[0], groups, -1)
+  gram = jnp.einsum("tgi,tgj->gij", x, x) / x.shape[0]
+  w = w.astype(jnp.float32)
+  grouped = w.reshape(groups, -1, w.shape[1])
+  largest = jnp.abs(grouped).max(axis=1)
+
+  def step(best, shrink):
+    limit = largest * shrink
+    clipped = jnp.clip(grouped, -limit[:, None], limit[:, None])
+    error = rtn.fake_quantize(clipped.reshape(w.shape), settings.format) - w
+    error = error.reshape(grouped.shape)
+    loss = jnp.sum(error * jnp.einsum("gij,gjo->gio", gram, error), axis=1)
+    better = loss < best[0]
+    return (jnp.where(better, loss, best[0]), jnp.where(better, limit, best[1])), None
+
+  start = (jnp.full(largest.shape, jnp.inf), largest)
+  steps = int(settings.max_shrink * settings.clip_grid)
+  shrinks = jnp.array([1 - i / settings.clip_grid for i in range(steps)], jnp.float32)
+  return jax.lax.scan(step, start, shrinks)[0][1]
+
+
+def search_block(
+  block: Block, x: Array, context: AttentionContext, config: DecoderConfig, settings: AWQSettings
+) -> BlockSearch:
+  """Searches scales, then clipping ranges, of one full-precision block.
+
+  Args:
+    block: not modified.
+    x: the block's inputs in full precision, [samples, seq, dim].
+    context: of one row; it serves every sample.
+    config: the decoder's.
+    settings: what to search.
+  """
+  inputs = block_inputs(block, x, context)
+  graphdef, state = nnx.split(block)
+  groups = scaling_groups(config)
+  scales = {}
+  if settings.auto_scale or settings.fixed_ratio is not None:
+    for group in groups:
+      features = inputs[group.linears[0]]
+      scales[group.previous] = _search_scale(graphdef, state, features, context, group, settings)[0]
+  clips = {}
+  if settings.mse_range:
+    scaled = apply_search(block, BlockSearch(scales, {}), config)
+    for group in groups:
+      if group.previous in scales:
+        # The clip search must see the scaled problem: its inputs are divided by s too.
+        for path in group.linears:
+          inputs[path] = inputs[path] / scales[group.previous]
+    for path, kernel in get_kernels(scaled).items():
+      # Clipping q or k changes attention logits, whose error a per-linear loss cannot see.
+      if not path.endswith(("q_proj", "k_proj")):
+        clips[path] = _search_clip(kernel, inputs[path], settings)
+  return BlockSearch(scales, clips)
+
+
+def apply_search(block: Block, search: BlockSearch, config: DecoderConfig) -> Block:
+  """A copy of the block with scales folded in and weights clamped; still in full precision."""
+  block = nnx.clone(block)
+  for group in scaling_groups(config):
+    if group.previous in search.scales:
+      fold_scale(block, group, search.scales[group.previous])
+  kernels = get_kernels(block, list(search.clips))
+  set_kernels(block, {path: clamp(w, search.clips[path]) for path, w in kernels.items()})
+  return block
+
+
+def clamp(w: Array, limit: Array) -> Array:
+  """clip(w, -limit, limit) per group. w: [in, out], limit: [groups, out]."""
+  grouped = w.reshape(limit.shape[0], -1, w.shape[1])
+  return jnp.clip(grouped, -limit[:, None], limit[:, None]).reshape(w.shape)
+
+
+def quantize_block(
+  block: Block, search: BlockSearch, config: DecoderConfig, format: IntegerFormat
+) -> Block:
+  """Applies a search result to a full-precision block, then rounds and packs every linear."""
+  block = apply_search(block, search, config)
+  pack_linears(block, {p: rtn.quantize(w, format) for p, w in get_kernels(block).items()})
+  return block
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _search_scale(graphdef, state, x, context, group: ScalingGroup, settings: AWQSettings):
+  s_x = activation_statistic(x, settings.scale_stat)
+  if settings.fixed_ratio is not None:
+    return channel_scale(s_x, settings.fixed_ratio), None
+
+  def inspected(kernels, row):
+    block = nnx.merge(graphdef, state)
+    set_kernels(block, kernels)
+    module = get_module(block, group.inspect)
+    return module(row, context)[0] if group.inspect == "attention" else module(row)
+
+  kernels = get_kernels(nnx.merge(graphdef, state), list(group.linears))
+  target = inspected(kernels, x)
+  mean_squared_error = lambda new: jnp.mean((inspected(new, x) - target).astype(jnp.float32) ** 2)
+  return search_scale(mean_squared_error, kernels, s_x, settings)
+
+
+_search_clip = functools.partial(jax.jit, static_argnums=2)(search_clip)

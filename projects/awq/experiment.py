@@ -1,0 +1,517 @@
+"""AWQ against its baselines on one model: the paper's tables and claims at the config's size."""
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from common.data.pipelines import calibration_samples, token_windows
+from common.decoding.generation import generate
+from common.evaluation.multiple_choice import choice_accuracy, continuation_questions
+from common.evaluation.perplexity import WindowLosses, paired_difference, window_losses
+from common.models.base import BaseModel, base_model
+from common.models.decoder import Decoder
+from common.models.outliers import inject_outliers
+from common.quantization.calibration import (
+  gptq_block,
+  quantize_model,
+  rtn_block,
+  smoothquant_block,
+)
+from common.quantization.linear import bits_per_weight
+from common.quantization.quantized_array import IntegerFormat
+from common.reporting import plots
+from common.reporting.report import Claim, Column, Figure, Report, Table
+from projects.awq import salient, search_result
+from projects.awq.awq import AWQSettings, quantize_block, search_block
+
+Array = jax.Array
+
+
+class Method(NamedTuple):
+  """A way to quantize a model: what it does to a block, and on whose activations."""
+
+  quantize_block: Callable
+  stream: str = "full_precision"
+
+  def __call__(self, model: Decoder, tokens: np.ndarray) -> Decoder:
+    return quantize_model(model, jnp.asarray(tokens), self.quantize_block, stream=self.stream)
+
+
+class Evaluation(NamedTuple):
+  """The evaluation text: windows of every domain, {domain: int32 [windows, seq]}."""
+
+  windows: dict[str, np.ndarray]
+
+  def losses(self, model: Decoder) -> WindowLosses:
+    """Losses on all domains together."""
+    return window_losses(model, np.concatenate(list(self.windows.values())))
+
+  def losses_by_domain(self, model: Decoder) -> dict[str, WindowLosses]:
+    return {domain: window_losses(model, w) for domain, w in self.windows.items()}
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
+  """Runs every part that the config asks for."""
+  base = base_model(config.model)
+  format = integer_format(config, config.bits)
+  evaluation = load_evaluation(config, base)
+  draws = {seed: mixed_calibration(config, base, seed) for seed in config.seeds}
+  variants = {"natural": base.model}
+  if config.outlier_variant:
+    variants["outlier"] = inject_outliers(base.model, jax.random.key(0))
+
+  report = Report(tables=[], figures=[], claims=[])
+  for variant, model in variants.items():
+    compare_methods(config, variant, model, evaluation, draws, format, workdir, report)
+  for variant, model in variants.items():
+    salient_channels(config, variant, model, evaluation, draws, format, report)
+  if config.matrix_draws:
+    calibration_robustness(config, base, format, evaluation, workdir, report)
+  if config.sample_sizes:
+    sample_efficiency(config, base, variants, format, evaluation, workdir, report)
+  final_model(config, base, format, draws, evaluation, workdir, report)
+  return report
+
+
+def integer_format(config: ConfigDict, bits: int) -> IntegerFormat:
+  """The weights' format; scales are stored, and evaluated, in float16."""
+  return IntegerFormat(bits, config.group_size, scale_dtype=jnp.float16)
+
+
+def awq_settings(config: ConfigDict, format: IntegerFormat, **changes) -> AWQSettings:
+  return AWQSettings(
+    format=format,
+    scale_grid=config.scale_grid,
+    clip_grid=config.clip_grid,
+    max_shrink=config.max_shrink,
+    scale_stat=config.scale_stat,
+    **changes,
+  )
+
+
+def load_evaluation(config: ConfigDict, base: BaseModel) -> Evaluation:
+  windows = {}
+  for domain in config.domains:
+    all_windows = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length)
+    # Evenly spaced over the split, so that a few windows still come from many documents.
+    count = len(all_windows.tokens)
+    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
+    windows[domain] = all_windows.tokens[kept]
+  return Evaluation(windows)
+
+
+def mixed_calibration(config: ConfigDict, base: BaseModel, seed: int) -> np.ndarray:
+  """`calibration_samples` rows, in equal parts from every domain, int32 [samples, seq]."""
+  return calibration(config, base, ",".join(config.domains), config.calibration_samples, seed)
+
+
+def calibration(config: ConfigDict, base: BaseModel, source: str, count: int, seed: int):
+  return calibration_samples(
+    source,
+    base.tokenizer,
+    num_samples=count,
+    seq_len=config.calibration_length,
+    seed=seed,
+  )
+
+
+def awq_method(config: ConfigDict, model: Decoder, settings: AWQSettings) -> Method:
+  def block(index, block, x, context):
+    search = search_block(block, x, context, model.config, settings)
+    return quantize_block(block, search, model.config, settings.format)
+
+  return Method(block)
+
+
+def gptq_method(format: IntegerFormat, act_order: bool = False) -> Method:
+  block = lambda i, block, x, context: gptq_block(block, x, context, format, act_order=act_order)
+  return Method(block, stream="quantized")
+
+
+def rtn_method(format: IntegerFormat) -> Method:
+  return Method(lambda i, block, x, context: rtn_block(block, format))
+
+
+def methods(config: ConfigDict, model: Decoder, format: IntegerFormat) -> dict[str, Method]:
+  """The calibrated methods of the main table."""
+  settings = functools.partial(awq_settings, config, format)
+  smooth = lambda i, block, x, context: smoothquant_block(block, x, context, model.config, format)
+  return {
+    "GPTQ": gptq_method(format),
+    "GPTQ, act-order": gptq_method(format, act_order=True),
+    "SmoothQuant scale": Method(smooth),
+    "AWQ, fixed r = 0.5, no clip": awq_method(
+      config, model, settings(fixed_ratio=0.5, mse_range=False)
+    ),
+    "AWQ, scale search, no clip": awq_method(config, model, settings(mse_range=False)),
+    "AWQ": awq_method(config, model, settings()),
+  }
+
+
+def compare_methods(
+  config, variant: str, model: Decoder, evaluation, draws, format, workdir, report: Report
+) -> None:
+  """The main table: perplexity per method and width, and claims 1 and 4 of the paper."""
+  full = evaluation.losses(model)
+  rows, nll = [["full precision", None, full.perplexity, None, None, 32.0, None]], {}
+  for bits in (config.bits, *config.other_bits):
+    format_of_width = integer_format(config, bits)
+    seeds = list(draws) if bits == config.bits else list(draws)[:1]
+    candidates = {"RTN": rtn_method(format_of_width)}
+    candidates |= methods(config, model, format_of_width)
+    for name, method in candidates.items():
+      # Rounding to nearest does not look at the calibration set.
+      used = seeds[:1] if name == "RTN" else seeds
+      losses, seconds = [], []
+      for seed in used:
+        start = time.perf_counter()
+        quantized = jax.block_until_ready(method(model, draws[seed]))
+        seconds.append(time.perf_counter() - start)
+        losses.append(evaluation.losses(quantized))
+      if bits == config.bits:
+        nll[name] = losses
+      if name == "RTN":
+        rtn = losses[0]
+      perplexities = [loss.perplexity for loss in losses]
+      change = np.mean([paired_difference(loss, rtn).mean for loss in losses])
+      rows.append(
+        [
+          name,
+          f"INT{bits}",
+          float(np.mean(perplexities)),
+          float(np.std(perplexities, ddof=1)) if len(losses) > 1 else None,
+          None if name == "RTN" else float(change),
+          bits_per_weight(quantized.blocks),
+          min(seconds),
+        ]
+      )
+  report.tables.append(
+    Table(
+      f"Perplexity, {variant} model",
+      [
+        "method",
+        "weights",
+        Column("perplexity", ".2f"),
+        Column("sd over draws", ".3f"),
+        Column("nats per token against RTN", "+.4f"),
+        Column("bits per weight", ".2f"),
+        Column("seconds", ".2f"),
+      ],
+      rows,
+      note=(
+        f"Group size {config.group_size}, scales in float16; {len(draws)} calibration draws at "
+        f"INT{config.bits}, one at other widths; seconds are the fastest draw's (without "
+        "compilation where there are several)."
+      ),
+    )
+  )
+  plot_methods(config, variant, full, nll, workdir, report)
+  report.claims.extend(method_claims(f"INT{config.bits}, {variant} model", variant, full, nll))
+
+
+def method_claims(width: str, variant: str, full, nll) -> list[Claim]:
+  """Claims 1 and 4 of the paper, on the mean loss in nats per token of each calibration draw."""
+  mean_nll = lambda name: [loss.nll.mean() / loss.tokens for loss in nll[name]]
+  seeds = len(nll["AWQ"])
+  rtn = mean_nll("RTN") * seeds
+  base_nll = full.nll.mean() / full.tokens
+  claims = []
+  claims.append(
+    Claim.less(
+      f"AWQ has lower loss than RTN ({width}, nats per token)",
+      {"AWQ": mean_nll("AWQ"), "RTN": rtn},
+    )
+  )
+  claims.append(
+    Claim.greater(
+      f"AWQ stays above full precision ({width}, nats per token)",
+      {"AWQ": mean_nll("AWQ"), "full precision": [base_nll] * seeds},
+    )
+  )
+  if variant == "outlier":
+    claims.append(
+      Claim.greater(
+        f"AWQ closes at least half of the gap that RTN opens ({width}, share of the gap)",
+        [(rtn[0] - x) / (rtn[0] - base_nll) for x in mean_nll("AWQ")],
+        0.5,
+      )
+    )
+  claims.append(
+    Claim.less(
+      f"searching the exponent is no worse than r = 0.5 ({width}, nats per token)",
+      {
+        "scale search": mean_nll("AWQ, scale search, no clip"),
+        "r = 0.5": mean_nll("AWQ, fixed r = 0.5, no clip"),
+      },
+    )
+  )
+  claims.append(
+    Claim.less(
+      f"r = 0.5 is no worse than r = 0 ({width}, nats per token)",
+      {"r = 0.5": mean_nll("AWQ, fixed r = 0.5, no clip"), "r = 0 (RTN)": rtn},
+    )
+  )
+  return claims
+
+
+def plot_methods(config, variant, full, nll, workdir, report: Report) -> None:
+  excess = {
+    name: [loss.nll.mean() / loss.tokens - full.nll.mean() / full.tokens for loss in losses]
+    for name, losses in nll.items()
+  }
+  file = f"methods_{variant}.png"
+  plots.bar_plot(
+    workdir / file,
+    list(excess),
+    {"excess loss": [float(np.mean(v)) for v in excess.values()]},
+    errors={"excess loss": [float(np.std(v)) for v in excess.values()]},
+    ylabel="nats per token above full precision",
+    title=f"INT{config.bits}, group {config.group_size}, {variant} model",
+  )
+  report.figures.append(
+    Figure(
+      f"Loss of quantization, {variant} model",
+      file,
+      "Mean over calibration draws; bars are one standard deviation.",
+    )
+  )
+
+
+def salient_channels(
+  config, variant: str, model: Decoder, evaluation, draws, format, report: Report
+) -> None:
+  """Tables 1 and 2 of the paper: which channels matter, and what scaling them does."""
+  seeds = list(draws)
+  full, rtn = (
+    evaluation.losses(model),
+    evaluation.losses(rtn_method(format)(model, draws[seeds[0]])),
+  )
+  rows = [["none (RTN)", None, rtn.perplexity, 0.0]]
+  closed = {}
+  criteria = ("activation", "weight", "random")
+  middle = sorted(config.salient_fractions)[len(config.salient_fractions) // 2]
+  for fraction in config.salient_fractions:
+    for criterion in criteria:
+      # All draws at the fraction that the claim is about, one at the others.
+      losses = []
+      for seed in seeds if fraction == middle else seeds[:1]:
+        keep = functools.partial(
+          salient.keep_salient, format=format, fraction=fraction, criterion=criterion
+        )
+        method = Method(
+          lambda i, block, x, context, keep=keep, seed=seed: keep(
+            block, x, context, key=jax.random.fold_in(jax.random.key(seed), i)
+          )
+        )
+        losses.append(evaluation.losses(method(model, draws[seed])))
+      shares = [gap_closed(loss, rtn, full) for loss in losses]
+      if fraction == middle:
+        closed[criterion] = shares
+      ppl = float(np.mean([loss.perplexity for loss in losses]))
+      rows.append([f"{fraction:.1%} by {criterion}", criterion, ppl, float(np.mean(shares))])
+  columns = ["kept in full precision", "criterion", Column("perplexity", ".2f")]
+  columns.append(Column("share of RTN's gap closed", ".2f"))
+  report.tables.append(
+    Table(
+      f"Salient channels kept, INT{format.bits}, {variant} model (the paper's Table 1)",
+      columns,
+      rows,
+      note="At least one channel per linear is kept, so 0.1 % of a small layer is one channel.",
+    )
+  )
+  kept = f"{middle:.1%} of channels kept, INT{format.bits}, {variant} model, share of RTN's gap"
+  report.claims.append(
+    Claim.greater(f"chosen by activation they close most of it ({kept})", closed["activation"], 0.5)
+  )
+  for criterion in ("weight", "random"):
+    report.claims.append(
+      Claim.less(f"chosen by {criterion} they do not ({kept})", closed[criterion], 0.5)
+    )
+
+  rows = []
+  for scale in config.salient_scales:
+    method = Method(
+      lambda i, block, x, context, scale=scale: salient.scale_salient(
+        block, x, context, format, fraction=0.01, scale=scale
+      )
+    )
+    loss = evaluation.losses(method(model, draws[seeds[0]]))
+    rows.append([scale, loss.perplexity, gap_closed(loss, rtn, full)])
+  report.tables.append(
+    Table(
+      f"Fixed scale on 1 % of channels, INT{format.bits}, {variant} model (the paper's Table 2)",
+      [Column("s", ".2f"), Column("perplexity", ".2f"), Column("share of RTN's gap closed", ".2f")],
+      rows,
+    )
+  )
+
+
+def gap_closed(loss: WindowLosses, rtn: WindowLosses, full: WindowLosses) -> float:
+  """(RTN - method) / (RTN - full precision), in mean loss."""
+  return float((rtn.nll.mean() - loss.nll.mean()) / (rtn.nll.mean() - full.nll.mean()))
+
+
+def calibration_robustness(
+  config, base: BaseModel, format, evaluation: Evaluation, workdir, report: Report
+) -> None:
+  """Loss when the calibration domain is not the evaluation domain (the paper's Figure 8b)."""
+  model = base.model
+  names = [domain.split(":")[-1] for domain in config.domains]
+  full = evaluation.losses_by_domain(model)
+  compared = {
+    "AWQ": awq_method(config, model, awq_settings(config, format)),
+    "GPTQ": gptq_method(format),
+  }
+  penalties, rows = {}, []
+  for name, method in compared.items():
+    matrix = np.zeros((config.matrix_draws, len(names), len(names)))
+    for draw in range(config.matrix_draws):
+      for i, source in enumerate(config.domains):
+        tokens = calibration(config, base, source, config.calibration_samples, draw)
+        losses = evaluation.losses_by_domain(method(model, tokens))
+        for j, domain in enumerate(config.domains):
+          matrix[draw, i, j] = paired_difference(losses[domain], full[domain]).mean
+    # For each evaluation domain: calibrated elsewhere, minus calibrated on it.
+    own = np.diagonal(matrix, axis1=1, axis2=2)
+    elsewhere = (matrix.sum(axis=1) - own) / (len(names) - 1)
+    penalties[name] = (elsewhere - own).mean(axis=1).tolist()
+    for source, row in zip(names, matrix.mean(axis=0).tolist()):
+      rows.append([name, source, *row])
+    file = f"robustness_{name.lower()}.png"
+    plots.heatmap(
+      workdir / file,
+      matrix.mean(axis=0),
+      names,
+      names,
+      xlabel="evaluated on",
+      ylabel="calibrated on",
+      title=f"{name}, INT{format.bits}: nats per token above full precision",
+      annotate=".3f",
+    )
+    report.figures.append(Figure(f"Calibration robustness of {name}", file))
+  report.tables.append(
+    Table(
+      f"Calibrated on one domain, evaluated on another, INT{format.bits}, natural model",
+      ["method", "calibrated on", *[Column(f"on {n}", ".4f") for n in names]],
+      rows,
+      note=f"Nats per token above full precision, mean of {config.matrix_draws} draws.",
+    )
+  )
+  report.claims.append(
+    Claim.less(
+      "AWQ loses less than GPTQ when calibrated on another domain "
+      f"(INT{format.bits}, natural model, nats per token off-domain minus on-domain)",
+      {"AWQ": penalties["AWQ"], "GPTQ": penalties["GPTQ"]},
+    )
+  )
+
+
+def sample_efficiency(
+  config, base: BaseModel, variants, format, evaluation, workdir, report: Report
+) -> None:
+  """Loss against the number of calibration sequences (the paper's Figure 8a)."""
+  variant, model = list(variants.items())[-1]
+  full = evaluation.losses(model)
+  source = ",".join(config.domains)
+  compared = {
+    "AWQ": awq_method(config, model, awq_settings(config, format)),
+    "GPTQ": gptq_method(format),
+  }
+  curves = {}
+  for name, method in compared.items():
+    curves[name] = []
+    for size in config.sample_sizes:
+      tokens = calibration(config, base, source, size, config.seeds[0])
+      loss = evaluation.losses(method(model, tokens))
+      curves[name].append(paired_difference(loss, full).mean)
+  sizes = list(config.sample_sizes)
+  plots.line_plot(
+    workdir / "sample_efficiency.png",
+    {name: (sizes, values) for name, values in curves.items()},
+    xlabel=f"calibration sequences of {config.calibration_length} tokens",
+    ylabel="nats per token above full precision",
+    title=f"INT{format.bits}, {variant} model",
+    log="x",
+  )
+  report.figures.append(
+    Figure("Sample efficiency", "sample_efficiency.png", "One calibration draw per point.")
+  )
+  report.tables.append(
+    Table(
+      f"Calibration set size, INT{format.bits}, {variant} model",
+      ["sequences", *[Column(name, ".4f") for name in curves]],
+      [[size, *values] for size, values in zip(sizes, zip(*curves.values()))],
+      note="Nats per token above full precision.",
+    )
+  )
+
+
+def final_model(config, base, format, draws, evaluation, workdir, report: Report) -> None:
+  """What a user takes home: the packed model's size, choices and text, and the search result."""
+  model = base.model
+  settings = awq_settings(config, format)
+  searches = []
+
+  def block(index, block, x, context):
+    searches.append(search_block(block, x, context, model.config, settings))
+    return quantize_block(block, searches[-1], model.config, format)
+
+  tokens = draws[config.seeds[0]]
+  candidates = {
+    "full precision": model,
+    "RTN": rtn_method(format)(model, tokens),
+    "AWQ": Method(block)(model, tokens),
+  }
+  search_result.save(workdir / "search.safetensors", searches, settings)
+  windows = np.concatenate(list(evaluation.windows.values()))
+  questions = continuation_questions(
+    windows[: config.choice_questions], choice_length=8, num_choices=4, seed=0
+  )
+  prompt = windows[0][:24].tolist()
+  rows = []
+  for name, candidate in candidates.items():
+    bits = 32.0 if name == "full precision" else bits_per_weight(candidate.blocks)
+    (continuation,) = generate(candidate, [prompt], max_new_tokens=24)
+    rows.append(
+      [
+        name,
+        bits,
+        block_parameters(model) * bits / 8 / 1e6,
+        choice_accuracy(candidate, questions).accuracy,
+        base.tokenizer.decode(continuation),
+      ]
+    )
+  report.tables.append(
+    Table(
+      f"The packed model, INT{format.bits}",
+      [
+        "model",
+        Column("bits per weight", ".2f"),
+        Column("MB of block weights", ".3f"),
+        Column("choice accuracy", ".3f"),
+        "greedy continuation",
+      ],
+      rows,
+      note=(
+        f"{len(questions)} questions: which of four 8-token endings belongs to the window "
+        f"(chance: 0.25). The continuation is of {base.tokenizer.decode(prompt)!r}."
+      ),
+    )
+  )
+
+
+def block_parameters(model: Decoder) -> int:
+  """Number of weights in the linears of all blocks."""
+  return sum(
+    layer.kernel[...].size
+    for _, layer in nnx.iter_modules(model.blocks)
+    if isinstance(layer, nnx.Linear)
+  )
