@@ -17,8 +17,8 @@ find_python() {
   return 1
 }
 
-# setup_env CHECKOUT makes its .venv hold what requirements.txt says. The copy of requirements.txt inside it is
-# written last: an interrupted setup lacks it, and an outdated one differs from it.
+# setup_env CHECKOUT makes its .venv hold what requirements.txt says. The copy of requirements.txt
+# inside it is written last: an interrupted setup lacks it, and an outdated one differs from it.
 setup_env() {
   local venv="$1/.venv" wanted="$1/requirements.txt" python
   cmp -s "$wanted" "$venv/requirements.txt" && return

@@ -7,6 +7,7 @@ a Hugging Face directory. Every paper on language models starts here.
 import dataclasses
 import hashlib
 import json
+import shutil
 import sys
 from typing import Any, NamedTuple
 
@@ -134,14 +135,17 @@ def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
     print(f"pretraining the base model {name} once (seed {seed}): {path}", file=sys.stderr)
     params = _pretrain(graphdef, params, recipe, tokenizer, seed, folder / f"{path.name}.run")
     model = nnx.merge(graphdef, params)
-    windows = token_windows(CORPUS, tokenizer, split="validation", seq_len=256, limit=256)
-    losses = window_losses(model, windows.tokens, num_bytes=windows.num_bytes)
+    windows = token_windows(CORPUS, tokenizer, split="validation", seq_len=256)
+    # Evenly spaced, so that every domain has its share.
+    chosen = slice(None, None, max(1, len(windows.tokens) // 256))
+    losses = window_losses(model, windows.tokens[chosen], num_bytes=windows.num_bytes[chosen])
     metadata = {
       "recipe": settings,
       "validation_perplexity": losses.perplexity,
       "validation_bits_per_byte": losses.bits_per_byte,
     }
     save_params(path, nnx.to_pure_dict(params), metadata)
+    shutil.rmtree(folder / f"{path.name}.run" / "checkpoints", ignore_errors=True)
   pure, metadata = load_params(path, nnx.to_pure_dict(params))
   nnx.replace_by_pure_dict(params, pure)
   return BaseModel(nnx.merge(graphdef, params), tokenizer, metadata)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.checkpoints.huggingface import tensor_name, to_hf
+from common.checkpoints.tensors import tensor_name, to_hf
 from common.errors import UserError
 from common.models.decoder import DecoderConfig
 from common.models.surgery import get_module, replace_module
 from common.quantization.equivalent import ScaledActivation
-from common.quantization.linear import QuantizedLinear, QuantizedWeight
+from common.quantization.linear import QuantizedLinear
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
 from kernels.quantized_matmul.packing import unpack
 

@@ -1,11 +1,15 @@
 """Quantizes a checkpoint directory into another one, block by block."""
 
 import os
+from collections.abc import Callable, Iterable
 
 import jax
+from flax import nnx
 
 from common.checkpoints.huggingface import Checkpoint, CheckpointWriter
 from common.errors import UserError
+from common.models.decoder import Block, DecoderConfig
+from common.models.surgery import get_module, linear_paths
 from common.quantization import autoawq
 from common.quantization.calibration import QuantizeBlock, quantize_blocks
 from common.quantization.quantized_array import IntegerFormat
@@ -20,6 +24,7 @@ def quantize_checkpoint(
   *,
   stream: str = "full_precision",
   overwrite: bool = False,
+  track: Callable[[Iterable[Block]], Iterable[Block]] = iter,
 ) -> None:
   """Streams `source` through `quantize_block` into a packed checkpoint at `out`.
 
@@ -34,6 +39,7 @@ def quantize_checkpoint(
     format: of the packed weights, written to config.json.
     stream: see `quantize_blocks`.
     overwrite: replace `out` if it exists.
+    track: wraps the stream of quantized blocks, to show progress.
 
   Raises:
     UserError: `source` is quantized already, `out` exists or cannot be written, or the layout
@@ -41,6 +47,7 @@ def quantize_checkpoint(
   """
   if source.quantization:
     raise UserError(f"{source.path} is quantized already; start from the full-precision checkpoint")
+  check_format(source.config, format)
   config = dict(source.hf_config) | {"quantization_config": autoawq.quantization_config(format)}
   with CheckpointWriter(out, config, tokenizer_from=source.path, overwrite=overwrite) as writer:
     outer = source.load_outer()
@@ -48,6 +55,21 @@ def quantize_checkpoint(
     writer.flush()
     blocks = (source.load_block(i) for i in range(source.config.num_layers))
     quantized = quantize_blocks(outer, blocks, tokens, quantize_block, stream=stream)
-    for i, block in enumerate(quantized):
+    for i, block in enumerate(track(quantized)):
       writer.add(autoawq.to_tensors(block, source.config, ("blocks", i)))
       writer.flush()
+
+
+def check_format(config: DecoderConfig, format: IntegerFormat) -> None:
+  """Checks, before any work, that the format fits every linear of a decoder's block.
+
+  Raises:
+    UserError: the group size does not divide a dimension (the linear is named).
+  """
+  block = nnx.eval_shape(lambda: Block(config, nnx.Rngs(0)))
+  for path in linear_paths(block):
+    linear = get_module(block, path)
+    try:
+      format.num_groups((linear.in_features, linear.out_features))
+    except UserError as e:
+      raise UserError(f"{path}: {e}") from None

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.errors import UserError
-from kernels.quantized_matmul.packing import SUPPORTED_BITS, pack
+from kernels.quantized_matmul.packing import PLANE_ROWS, SUPPORTED_BITS, pack
 from kernels.quantized_matmul.xla import dequantize
 
 Array = jax.Array
@@ -37,6 +37,8 @@ class IntegerFormat:
   scale_dtype: jnp.dtype = jnp.float32
 
   def __post_init__(self):
+    # One spelling, so that equal formats are equal and hash alike (they are static under jit).
+    object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
     if self.bits not in SUPPORTED_BITS:
       raise UserError(f"bits={self.bits} is not supported; supported: 2, 3, 4, 8")
     if self.group_size != -1 and self.group_size < 1:
@@ -100,17 +102,21 @@ class QuantizedArray:
     )
 
   def bits_per_weight(self) -> float:
-    """Stored bits per weight, scales and zero points included: bits + (16 + bits) / group."""
+    """Bits per weight, scales and zero points included: N + (16 + N) / group for float16 scales."""
     bits = self.format.bits
     per_group = jnp.finfo(self.scales.dtype).bits + (0 if self.format.symmetric else bits)
     return bits + self.scales.size * per_group / float(np.prod(self.shape))
 
   def packed_bytes(self) -> int:
-    """Bytes of the packed representation, as on disk and in accelerator memory.
+    """Bytes stored, on disk and in accelerator memory, with the padding of 3-bit codes.
 
     (XLA's CPU backend keeps one 2- or 4-bit value per byte.)
     """
-    return round(self.bits_per_weight() * float(np.prod(self.shape)) / 8)
+    bits, (rows, columns) = self.format.bits, self.shape
+    rows += -rows % PLANE_ROWS if bits == 3 else 0
+    zero_point_bits = 0 if self.format.symmetric else 8 if bits == 3 else bits
+    per_group = jnp.finfo(self.scales.dtype).bits + zero_point_bits
+    return -(-(rows * columns * bits + self.scales.size * per_group) // 8)
 
 
 def from_codes(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.quantized_matmul import xla
-from kernels.quantized_matmul.packing import PLANE_ROWS, SUPPORTED_BITS
+from kernels.quantized_matmul.packing import PLANE_ROWS, SUPPORTED_BITS, packed_dtype
 
 Array = jax.Array
 
@@ -44,11 +44,17 @@ def quantized_matmul(
     raise ValueError(f"{bits} bits are not supported; supported: {SUPPORTED_BITS}")
   if not jnp.issubdtype(x.dtype, jnp.floating):
     raise ValueError(f"x must be floating point, got {x.dtype}")
+  if x.ndim == 0:
+    raise ValueError("x must have at least one dimension")
   rows, columns = x.shape[-1], values.shape[-1]
   expected = (-(-rows // PLANE_ROWS), 3, columns) if bits == 3 else (rows, columns)
   if values.shape != expected:
     raise ValueError(f"values have shape {values.shape}, expected {expected} for x {x.shape}")
-  if scales.ndim != 2 or rows % scales.shape[0] or columns % scales.shape[1]:
+  # A signed code read as unsigned, or the other way round, would be silently wrong.
+  dtype = packed_dtype(bits, signed=zero_points is None)
+  if values.dtype != dtype:
+    raise ValueError(f"values are {values.dtype}, expected {jnp.dtype(dtype)}")
+  if scales.ndim != 2 or 0 in scales.shape or rows % scales.shape[0] or columns % scales.shape[1]:
     raise ValueError(f"scales {scales.shape} do not divide the weights ({rows}, {columns})")
   if zero_points is not None and zero_points.shape != scales.shape:
     raise ValueError(f"zero_points {zero_points.shape} differ from scales {scales.shape}")

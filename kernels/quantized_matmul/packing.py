@@ -20,11 +20,17 @@ _UNSIGNED = {2: jnp.uint2, 4: jnp.uint4, 8: jnp.uint8}
 _SIGNED = {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}
 
 
+def packed_dtype(bits: int, *, signed: bool):
+  """Type of the array that `pack` returns."""
+  return jnp.uint32 if bits == 3 else (_SIGNED if signed else _UNSIGNED)[bits]
+
+
 def pack(codes: Array, bits: int, *, signed: bool) -> Array:
   """Packs codes.
 
   Args:
-    codes: integers [rows, columns] in the range that `bits` and `signed` give.
+    codes: integers (of any type, floating included) [rows, columns] in the range that `bits` and
+      `signed` give.
     bits: 2, 3, 4 or 8.
     signed: two's complement (arrays without zero points).
 
@@ -32,9 +38,11 @@ def pack(codes: Array, bits: int, *, signed: bool) -> Array:
     [rows, columns] of the native type, or for 3 bits uint32 [ceil(rows / 32), 3, columns].
   """
   if bits != 3:
-    return codes.astype((_SIGNED if signed else _UNSIGNED)[bits])
+    return codes.astype(packed_dtype(bits, signed=signed))
   rows, columns = codes.shape
-  padded = jnp.pad(codes.astype(jnp.uint32) & 7, ((0, -rows % PLANE_ROWS), (0, 0)))
+  # By way of int32: a negative float would become 0 in an unsigned type.
+  padded = jnp.pad(codes.astype(jnp.int32) & 7, ((0, -rows % PLANE_ROWS), (0, 0)))
+  padded = padded.astype(jnp.uint32)
   padded = padded.reshape(-1, PLANE_ROWS, columns)
   shifts = jnp.arange(PLANE_ROWS, dtype=jnp.uint32)[None, :, None]
   planes = [jnp.sum(((padded >> b) & 1) << shifts, axis=1, dtype=jnp.uint32) for b in range(3)]

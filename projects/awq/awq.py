@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.models.decoder import AttentionContext, Block, DecoderConfig
+from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig
 from common.models.surgery import get_module
 from common.quantization import rtn
-from common.quantization.calibration import block_inputs
+from common.quantization.calibration import block_inputs, quantize_model
 from common.quantization.equivalent import ScalingGroup, fold_scale, scaling_groups
 from common.quantization.linear import get_kernels, pack_linears, set_kernels
 from common.quantization.quantized_array import IntegerFormat
@@ -107,7 +107,10 @@ def search_scale(forward, kernels: dict[str, Array], s_x: Array, settings: AWQSe
 
   def loss(ratio):
     scale = channel_scale(s_x, ratio)
-    return forward({p: scaled_fake_quantize(w, scale, settings.format) for p, w in kernels.items()})
+    rounded = {p: scaled_fake_quantize(w, scale, settings.format) for p, w in kernels.items()}
+    # The identity on float32, and a wall between the rounding and the forward pass: fused with its
+    # operand and its loss, a matrix product takes twice as long on the CPU.
+    return forward({p: jax.lax.reduce_precision(w, 8, 23) for p, w in rounded.items()})
 
   ratios = jnp.arange(settings.scale_grid, dtype=jnp.float32) / settings.scale_grid
   losses = jax.lax.map(loss, ratios)
@@ -215,21 +218,62 @@ def quantize_block(
   return block
 
 
+def search_model(model: Decoder, tokens: Array, settings: AWQSettings) -> list[BlockSearch]:
+  """Searches every block on the full-precision stream. tokens: int32 [samples, seq]."""
+  searches = []
+
+  def search(index, block, x, context):
+    searches.append(search_block(block, x, context, model.config, settings))
+    return block
+
+  quantize_model(model, tokens, search, stream="full_precision")
+  return searches
+
+
+def apply_to_model(model: Decoder, searches: list[BlockSearch], format: IntegerFormat) -> Decoder:
+  """A copy of a full-precision model with the search results applied and every linear packed."""
+  quantized = nnx.clone(model)
+  quantized.blocks = nnx.List(
+    [quantize_block(b, s, model.config, format) for b, s in zip(model.blocks, searches)]
+  )
+  return quantized
+
+
+def linear_error(w: Array, x: Array):
+  """mean((x (new - w))^2) as a function of `new`: the output error of a single linear.
+
+  With more tokens than channels it is evaluated as the quadratic form of the inputs' Gram matrix,
+  whose cost does not depend on the number of tokens.
+
+  Args:
+    w: [in, out].
+    x: [..., in].
+  """
+  x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+  if x.shape[0] <= x.shape[1]:
+    return lambda new: jnp.mean((x @ (new - w)) ** 2)
+  gram = x.T @ x / (x.shape[0] * w.shape[1])
+  return lambda new: jnp.sum((new - w) * (gram @ (new - w)))
+
+
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _search_scale(graphdef, state, x, context, group: ScalingGroup, settings: AWQSettings):
   s_x = activation_statistic(x, settings.scale_stat)
   if settings.fixed_ratio is not None:
     return channel_scale(s_x, settings.fixed_ratio), None
+  kernels = get_kernels(nnx.merge(graphdef, state), list(group.linears))
+  if group.linears == (group.inspect,):
+    error = linear_error(kernels[group.inspect], x)
+    return search_scale(lambda new: error(new[group.inspect]), kernels, s_x, settings)
 
-  def inspected(kernels, row):
+  def inspected(kernels):
     block = nnx.merge(graphdef, state)
     set_kernels(block, kernels)
     module = get_module(block, group.inspect)
-    return module(row, context)[0] if group.inspect == "attention" else module(row)
+    return module(x, context)[0] if group.inspect == "attention" else module(x)
 
-  kernels = get_kernels(nnx.merge(graphdef, state), list(group.linears))
-  target = inspected(kernels, x)
-  mean_squared_error = lambda new: jnp.mean((inspected(new, x) - target).astype(jnp.float32) ** 2)
+  target = inspected(kernels)
+  mean_squared_error = lambda new: jnp.mean((inspected(new) - target).astype(jnp.float32) ** 2)
   return search_scale(mean_squared_error, kernels, s_x, settings)
 
 

@@ -3,8 +3,8 @@
   ./run.sh awq
   ./run.sh awq --config=projects/awq/config.py:paper --config.model=/path/to/Llama-2-7b-hf
 
-Expect, in the default preset: AWQ's perplexity between full precision and round-to-nearest at
-INT3 on the natural model, and most of the gap closed on the outlier model.
+Expect, in the default preset: about half of the loss that round-to-nearest costs at INT3 is won
+back on the outlier model. The natural model is too small to have outliers, and wins nothing.
 """
 
 from ml_collections import ConfigDict
@@ -26,20 +26,21 @@ def get_config(preset: str = "default") -> ConfigDict:
       "outlier_variant": True,
       # Text domains: calibration takes from all of them, evaluation is on each one's test split.
       "domains": embedded,
-      "calibration_samples": 64,
+      "calibration_samples": 32,
       "calibration_length": 128,
       # One calibration draw per seed.
       "seeds": (0, 1, 2, 3, 4),
-      "eval_windows": 32,  # Per domain.
+      "eval_windows": 16,  # Per domain.
       "eval_length": 256,
-      "choice_questions": 96,
+      "choice_questions": 48,
       # Table 1 and Table 2 of the paper.
       "salient_fractions": (0.001, 0.01, 0.03),
       "salient_scales": (1.0, 1.25, 1.5, 2.0, 4.0),
       # Draws of the calibration-domain x evaluation-domain matrix (0 skips it).
       "matrix_draws": 3,
       # Calibration set sizes of the sample-efficiency curve (empty skips it).
-      "sample_sizes": (1, 4, 16, 64),
+      "sample_sizes": (1, 4, 16, 32),
+      "sample_draws": 3,
       # Search settings of the reference code.
       "scale_grid": 20,
       "clip_grid": 20,
@@ -60,6 +61,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.salient_scales = (1.0, 2.0)
     config.matrix_draws = 1
     config.sample_sizes = (2, 8)
+    config.sample_draws = 1
   if preset == "paper":
     config.model = "meta-llama/Llama-2-7b-hf"
     config.group_size = 128

@@ -1,9 +1,10 @@
 """AWQ against its baselines on one model: the paper's tables and claims at the config's size."""
 
+import collections
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
 
 from common.data.pipelines import calibration_samples, token_windows
 from common.decoding.generation import generate
@@ -30,19 +33,9 @@ from common.quantization.quantized_array import IntegerFormat
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.awq import salient, search_result
-from projects.awq.awq import AWQSettings, quantize_block, search_block
+from projects.awq.awq import AWQSettings, apply_to_model, search_model
 
 Array = jax.Array
-
-
-class Method(NamedTuple):
-  """A way to quantize a model: what it does to a block, and on whose activations."""
-
-  quantize_block: Callable
-  stream: str = "full_precision"
-
-  def __call__(self, model: Decoder, tokens: np.ndarray) -> Decoder:
-    return quantize_model(model, jnp.asarray(tokens), self.quantize_block, stream=self.stream)
 
 
 class Evaluation(NamedTuple):
@@ -69,15 +62,19 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     variants["outlier"] = inject_outliers(base.model, jax.random.key(0))
 
   report = Report(tables=[], figures=[], claims=[])
+  setting = (config, evaluation, draws, format, workdir, report)
+  parts = []
   for variant, model in variants.items():
-    compare_methods(config, variant, model, evaluation, draws, format, workdir, report)
+    parts.append(functools.partial(compare_methods, variant, model, *setting))
   for variant, model in variants.items():
-    salient_channels(config, variant, model, evaluation, draws, format, report)
+    parts.append(functools.partial(salient_channels, variant, model, *setting))
   if config.matrix_draws:
-    calibration_robustness(config, base, format, evaluation, workdir, report)
+    parts.append(functools.partial(calibration_robustness, base, *setting))
   if config.sample_sizes:
-    sample_efficiency(config, base, variants, format, evaluation, workdir, report)
-  final_model(config, base, format, draws, evaluation, workdir, report)
+    parts.append(functools.partial(sample_efficiency, base, variants, *setting))
+  parts.append(functools.partial(final_model, base, *setting))
+  for part in track(parts, "AWQ", console=Console(stderr=True)):
+    part()
   return report
 
 
@@ -108,91 +105,93 @@ def load_evaluation(config: ConfigDict, base: BaseModel) -> Evaluation:
   return Evaluation(windows)
 
 
-def mixed_calibration(config: ConfigDict, base: BaseModel, seed: int) -> np.ndarray:
-  """`calibration_samples` rows, in equal parts from every domain, int32 [samples, seq]."""
+def mixed_calibration(config: ConfigDict, base: BaseModel, seed: int) -> Array:
+  """A draw from all domains together, int32 [samples, seq]."""
   return calibration(config, base, ",".join(config.domains), config.calibration_samples, seed)
 
 
-def calibration(config: ConfigDict, base: BaseModel, source: str, count: int, seed: int):
-  return calibration_samples(
+def calibration(config, base: BaseModel, source: str, count: int, seed: int) -> Array:
+  samples = calibration_samples(
     source,
     base.tokenizer,
     num_samples=count,
     seq_len=config.calibration_length,
     seed=seed,
   )
+  return jnp.asarray(samples)
 
 
-def awq_method(config: ConfigDict, model: Decoder, settings: AWQSettings) -> Method:
-  def block(index, block, x, context):
-    search = search_block(block, x, context, model.config, settings)
-    return quantize_block(block, search, model.config, settings.format)
-
-  return Method(block)
+def rtn(model: Decoder, format: IntegerFormat) -> Decoder:
+  quantized = nnx.clone(model)
+  quantized.blocks = nnx.List([rtn_block(block, format) for block in model.blocks])
+  return quantized
 
 
-def gptq_method(format: IntegerFormat, act_order: bool = False) -> Method:
+def gptq(model: Decoder, tokens: Array, format: IntegerFormat, act_order=False) -> Decoder:
   block = lambda i, block, x, context: gptq_block(block, x, context, format, act_order=act_order)
-  return Method(block, stream="quantized")
+  return quantize_model(model, tokens, block, stream="quantized")
 
 
-def rtn_method(format: IntegerFormat) -> Method:
-  return Method(lambda i, block, x, context: rtn_block(block, format))
+def smoothquant(model: Decoder, tokens: Array, format: IntegerFormat) -> Decoder:
+  block = lambda i, block, x, context: smoothquant_block(block, x, context, model.config, format)
+  return quantize_model(model, tokens, block, stream="full_precision")
 
 
-def methods(config: ConfigDict, model: Decoder, format: IntegerFormat) -> dict[str, Method]:
-  """The calibrated methods of the main table."""
+def awq(model: Decoder, tokens: Array, settings: AWQSettings) -> Decoder:
+  return apply_to_model(model, search_model(model, tokens, settings), settings.format)
+
+
+def quantize_all(
+  config, model: Decoder, tokens: Array, format: IntegerFormat, ablations: bool
+) -> Iterator[tuple[str, Decoder, float]]:
+  """Yields (method, quantized model, seconds) of the main table for one calibration draw."""
+
+  def timed(name, quantize):
+    start = time.perf_counter()
+    quantized = jax.block_until_ready(quantize())
+    return name, quantized, time.perf_counter() - start
+
   settings = functools.partial(awq_settings, config, format)
-  smooth = lambda i, block, x, context: smoothquant_block(block, x, context, model.config, format)
-  return {
-    "GPTQ": gptq_method(format),
-    "GPTQ, act-order": gptq_method(format, act_order=True),
-    "SmoothQuant scale": Method(smooth),
-    "AWQ, fixed r = 0.5, no clip": awq_method(
-      config, model, settings(fixed_ratio=0.5, mse_range=False)
-    ),
-    "AWQ, scale search, no clip": awq_method(config, model, settings(mse_range=False)),
-    "AWQ": awq_method(config, model, settings()),
-  }
+  yield timed("RTN", lambda: rtn(model, format))
+  yield timed("GPTQ", lambda: gptq(model, tokens, format))
+  if ablations:
+    yield timed("GPTQ act-order", lambda: gptq(model, tokens, format, act_order=True))
+    yield timed("SmoothQuant", lambda: smoothquant(model, tokens, format))
+    fixed = settings(fixed_ratio=0.5, mse_range=False)
+    yield timed("AWQ r=0.5, no clip", lambda: awq(model, tokens, fixed))
+    scales_only = settings(mse_range=False)
+    yield timed("AWQ, no clip", lambda: awq(model, tokens, scales_only))
+  yield timed("AWQ", lambda: awq(model, tokens, settings()))
 
 
 def compare_methods(
-  config, variant: str, model: Decoder, evaluation, draws, format, workdir, report: Report
+  variant: str, model: Decoder, config, evaluation, draws, format, workdir, report: Report
 ) -> None:
   """The main table: perplexity per method and width, and claims 1 and 4 of the paper."""
   full = evaluation.losses(model)
   rows, nll = [["full precision", None, full.perplexity, None, None, 32.0, None]], {}
   for bits in (config.bits, *config.other_bits):
-    format_of_width = integer_format(config, bits)
-    seeds = list(draws) if bits == config.bits else list(draws)[:1]
-    candidates = {"RTN": rtn_method(format_of_width)}
-    candidates |= methods(config, model, format_of_width)
-    for name, method in candidates.items():
-      # Rounding to nearest does not look at the calibration set.
-      used = seeds[:1] if name == "RTN" else seeds
-      losses, seconds = [], []
-      for seed in used:
-        start = time.perf_counter()
-        quantized = jax.block_until_ready(method(model, draws[seed]))
-        seconds.append(time.perf_counter() - start)
-        losses.append(evaluation.losses(quantized))
-      if bits == config.bits:
-        nll[name] = losses
-      if name == "RTN":
-        rtn = losses[0]
+    main = bits == config.bits
+    results = collections.defaultdict(list)
+    for tokens in list(draws.values())[: None if main else 1]:
+      of_width = integer_format(config, bits)
+      for name, quantized, seconds in quantize_all(config, model, tokens, of_width, main):
+        results[name].append(
+          (evaluation.losses(quantized), bits_per_weight(quantized.blocks), seconds)
+        )
+    reference = results["RTN"][0][0]
+    for name, values in results.items():
+      losses, stored, seconds = zip(*values)
       perplexities = [loss.perplexity for loss in losses]
-      change = np.mean([paired_difference(loss, rtn).mean for loss in losses])
+      change = np.mean([paired_difference(loss, reference).mean for loss in losses])
+      # Rounding to nearest does not look at the calibration set.
+      spread = float(np.std(perplexities, ddof=1)) if main and name != "RTN" else None
       rows.append(
-        [
-          name,
-          f"INT{bits}",
-          float(np.mean(perplexities)),
-          float(np.std(perplexities, ddof=1)) if len(losses) > 1 else None,
-          None if name == "RTN" else float(change),
-          bits_per_weight(quantized.blocks),
-          min(seconds),
-        ]
+        [name, f"INT{bits}", float(np.mean(perplexities)), spread]
+        + [None if name == "RTN" else float(change), stored[0], min(seconds)]
       )
+      if main:
+        nll[name] = losses
   report.tables.append(
     Table(
       f"Perplexity, {variant} model",
@@ -208,8 +207,8 @@ def compare_methods(
       rows,
       note=(
         f"Group size {config.group_size}, scales in float16; {len(draws)} calibration draws at "
-        f"INT{config.bits}, one at other widths; seconds are the fastest draw's (without "
-        "compilation where there are several)."
+        f"INT{config.bits}, one at other widths. Seconds: the fastest draw's to quantize the "
+        "model; with one draw they include compilation."
       ),
     )
   )
@@ -221,7 +220,7 @@ def method_claims(width: str, variant: str, full, nll) -> list[Claim]:
   """Claims 1 and 4 of the paper, on the mean loss in nats per token of each calibration draw."""
   mean_nll = lambda name: [loss.nll.mean() / loss.tokens for loss in nll[name]]
   seeds = len(nll["AWQ"])
-  rtn = mean_nll("RTN") * seeds
+  rtn = mean_nll("RTN")
   base_nll = full.nll.mean() / full.tokens
   claims = []
   claims.append(
@@ -248,15 +247,15 @@ def method_claims(width: str, variant: str, full, nll) -> list[Claim]:
     Claim.less(
       f"searching the exponent is no worse than r = 0.5 ({width}, nats per token)",
       {
-        "scale search": mean_nll("AWQ, scale search, no clip"),
-        "r = 0.5": mean_nll("AWQ, fixed r = 0.5, no clip"),
+        "scale search": mean_nll("AWQ, no clip"),
+        "r = 0.5": mean_nll("AWQ r=0.5, no clip"),
       },
     )
   )
   claims.append(
     Claim.less(
       f"r = 0.5 is no worse than r = 0 ({width}, nats per token)",
-      {"r = 0.5": mean_nll("AWQ, fixed r = 0.5, no clip"), "r = 0 (RTN)": rtn},
+      {"r = 0.5": mean_nll("AWQ r=0.5, no clip"), "r = 0 (RTN)": rtn},
     )
   )
   return claims
@@ -273,58 +272,59 @@ def plot_methods(config, variant, full, nll, workdir, report: Report) -> None:
     list(excess),
     {"excess loss": [float(np.mean(v)) for v in excess.values()]},
     errors={"excess loss": [float(np.std(v)) for v in excess.values()]},
-    ylabel="nats per token above full precision",
+    ylabel="excess loss, nats per token",
     title=f"INT{config.bits}, group {config.group_size}, {variant} model",
   )
   report.figures.append(
     Figure(
       f"Loss of quantization, {variant} model",
       file,
-      "Mean over calibration draws; bars are one standard deviation.",
+      "Above full precision; mean and standard deviation over calibration draws.",
     )
   )
 
 
 def salient_channels(
-  config, variant: str, model: Decoder, evaluation, draws, format, report: Report
+  variant: str, model: Decoder, config, evaluation, draws, format, workdir, report: Report
 ) -> None:
   """Tables 1 and 2 of the paper: which channels matter, and what scaling them does."""
-  seeds = list(draws)
-  full, rtn = (
-    evaluation.losses(model),
-    evaluation.losses(rtn_method(format)(model, draws[seeds[0]])),
-  )
-  rows = [["none (RTN)", None, rtn.perplexity, 0.0]]
-  closed = {}
-  criteria = ("activation", "weight", "random")
+  del workdir
+  full, rounded = evaluation.losses(model), evaluation.losses(rtn(model, format))
+
+  def keep(tokens, seed, fraction, criterion):
+    block = lambda i, block, x, context: salient.keep_salient(
+      block,
+      x,
+      context,
+      format,
+      fraction=fraction,
+      criterion=criterion,
+      key=jax.random.fold_in(jax.random.key(seed), i),
+    )
+    return evaluation.losses(quantize_model(model, tokens, block, stream="full_precision"))
+
+  rows, closed = [["none (RTN)", rounded.perplexity, 0.0]], {}
   middle = sorted(config.salient_fractions)[len(config.salient_fractions) // 2]
   for fraction in config.salient_fractions:
-    for criterion in criteria:
+    for criterion in ("activation", "weight", "random"):
       # All draws at the fraction that the claim is about, one at the others.
-      losses = []
-      for seed in seeds if fraction == middle else seeds[:1]:
-        keep = functools.partial(
-          salient.keep_salient, format=format, fraction=fraction, criterion=criterion
-        )
-        method = Method(
-          lambda i, block, x, context, keep=keep, seed=seed: keep(
-            block, x, context, key=jax.random.fold_in(jax.random.key(seed), i)
-          )
-        )
-        losses.append(evaluation.losses(method(model, draws[seed])))
-      shares = [gap_closed(loss, rtn, full) for loss in losses]
+      used = list(draws.items())[: None if fraction == middle else 1]
+      losses = [keep(tokens, seed, fraction, criterion) for seed, tokens in used]
+      shares = [gap_closed(loss, rounded, full) for loss in losses]
       if fraction == middle:
         closed[criterion] = shares
-      ppl = float(np.mean([loss.perplexity for loss in losses]))
-      rows.append([f"{fraction:.1%} by {criterion}", criterion, ppl, float(np.mean(shares))])
-  columns = ["kept in full precision", "criterion", Column("perplexity", ".2f")]
-  columns.append(Column("share of RTN's gap closed", ".2f"))
+      perplexity = float(np.mean([loss.perplexity for loss in losses]))
+      rows.append([f"{fraction:.1%} by {criterion}", perplexity, float(np.mean(shares))])
+  shown = [Column("perplexity", ".2f"), Column("share of RTN's gap closed", ".2f")]
   report.tables.append(
     Table(
       f"Salient channels kept, INT{format.bits}, {variant} model (the paper's Table 1)",
-      columns,
+      ["kept in full precision", *shown],
       rows,
-      note="At least one channel per linear is kept, so 0.1 % of a small layer is one channel.",
+      note=(
+        f"At {middle:.1%}: mean of {len(draws)} draws. At least one channel per linear is kept, so "
+        "0.1 % of a small layer is one channel."
+      ),
     )
   )
   kept = f"{middle:.1%} of channels kept, INT{format.bits}, {variant} model, share of RTN's gap"
@@ -338,17 +338,16 @@ def salient_channels(
 
   rows = []
   for scale in config.salient_scales:
-    method = Method(
-      lambda i, block, x, context, scale=scale: salient.scale_salient(
-        block, x, context, format, fraction=0.01, scale=scale
-      )
+    block = lambda i, block, x, context, scale=scale: salient.scale_salient(
+      block, x, context, format, fraction=0.01, scale=scale
     )
-    loss = evaluation.losses(method(model, draws[seeds[0]]))
-    rows.append([scale, loss.perplexity, gap_closed(loss, rtn, full)])
+    tokens = next(iter(draws.values()))
+    loss = evaluation.losses(quantize_model(model, tokens, block, stream="full_precision"))
+    rows.append([scale, loss.perplexity, gap_closed(loss, rounded, full)])
   report.tables.append(
     Table(
       f"Fixed scale on 1 % of channels, INT{format.bits}, {variant} model (the paper's Table 2)",
-      [Column("s", ".2f"), Column("perplexity", ".2f"), Column("share of RTN's gap closed", ".2f")],
+      [Column("s", ".2f"), *shown],
       rows,
     )
   )
@@ -360,23 +359,24 @@ def gap_closed(loss: WindowLosses, rtn: WindowLosses, full: WindowLosses) -> flo
 
 
 def calibration_robustness(
-  config, base: BaseModel, format, evaluation: Evaluation, workdir, report: Report
+  base: BaseModel, config, evaluation, draws, format, workdir, report: Report
 ) -> None:
   """Loss when the calibration domain is not the evaluation domain (the paper's Figure 8b)."""
+  del draws  # Each domain gives its own.
   model = base.model
   names = [domain.split(":")[-1] for domain in config.domains]
   full = evaluation.losses_by_domain(model)
   compared = {
-    "AWQ": awq_method(config, model, awq_settings(config, format)),
-    "GPTQ": gptq_method(format),
+    "AWQ": lambda tokens: awq(model, tokens, awq_settings(config, format)),
+    "GPTQ": lambda tokens: gptq(model, tokens, format),
   }
   penalties, rows = {}, []
-  for name, method in compared.items():
+  for name, quantize in compared.items():
     matrix = np.zeros((config.matrix_draws, len(names), len(names)))
     for draw in range(config.matrix_draws):
       for i, source in enumerate(config.domains):
         tokens = calibration(config, base, source, config.calibration_samples, draw)
-        losses = evaluation.losses_by_domain(method(model, tokens))
+        losses = evaluation.losses_by_domain(quantize(tokens))
         for j, domain in enumerate(config.domains):
           matrix[draw, i, j] = paired_difference(losses[domain], full[domain]).mean
     # For each evaluation domain: calibrated elsewhere, minus calibrated on it.
@@ -415,60 +415,61 @@ def calibration_robustness(
 
 
 def sample_efficiency(
-  config, base: BaseModel, variants, format, evaluation, workdir, report: Report
+  base: BaseModel, variants, config, evaluation, draws, format, workdir, report: Report
 ) -> None:
   """Loss against the number of calibration sequences (the paper's Figure 8a)."""
+  del draws  # Each size gives its own.
   variant, model = list(variants.items())[-1]
   full = evaluation.losses(model)
   source = ",".join(config.domains)
   compared = {
-    "AWQ": awq_method(config, model, awq_settings(config, format)),
-    "GPTQ": gptq_method(format),
+    "AWQ": lambda tokens: awq(model, tokens, awq_settings(config, format)),
+    "GPTQ": lambda tokens: gptq(model, tokens, format),
   }
-  curves = {}
-  for name, method in compared.items():
-    curves[name] = []
-    for size in config.sample_sizes:
-      tokens = calibration(config, base, source, size, config.seeds[0])
-      loss = evaluation.losses(method(model, tokens))
-      curves[name].append(paired_difference(loss, full).mean)
-  sizes = list(config.sample_sizes)
+  sizes, seeds = list(config.sample_sizes), config.seeds[: config.sample_draws]
+  excess = {name: np.zeros((len(sizes), len(seeds))) for name in compared}
+  for i, size in enumerate(sizes):
+    for j, seed in enumerate(seeds):
+      tokens = calibration(config, base, source, size, seed)
+      for name, quantize in compared.items():
+        loss = evaluation.losses(quantize(tokens))
+        excess[name][i, j] = paired_difference(loss, full).mean
   plots.line_plot(
     workdir / "sample_efficiency.png",
-    {name: (sizes, values) for name, values in curves.items()},
+    {name: (sizes, values.mean(axis=1), values.std(axis=1)) for name, values in excess.items()},
     xlabel=f"calibration sequences of {config.calibration_length} tokens",
-    ylabel="nats per token above full precision",
+    ylabel="excess loss, nats per token",
     title=f"INT{format.bits}, {variant} model",
     log="x",
   )
   report.figures.append(
-    Figure("Sample efficiency", "sample_efficiency.png", "One calibration draw per point.")
+    Figure(
+      "Sample efficiency",
+      "sample_efficiency.png",
+      f"Above full precision; mean and standard deviation of {len(seeds)} calibration draws.",
+    )
   )
+  means = [values.mean(axis=1).tolist() for values in excess.values()]
   report.tables.append(
     Table(
       f"Calibration set size, INT{format.bits}, {variant} model",
-      ["sequences", *[Column(name, ".4f") for name in curves]],
-      [[size, *values] for size, values in zip(sizes, zip(*curves.values()))],
-      note="Nats per token above full precision.",
+      ["sequences", *[Column(name, ".4f") for name in excess]],
+      [list(row) for row in zip(sizes, *means)],
+      note=f"Nats per token above full precision, mean of {len(seeds)} draws.",
     )
   )
 
 
-def final_model(config, base, format, draws, evaluation, workdir, report: Report) -> None:
+def final_model(
+  base: BaseModel, config, evaluation, draws, format, workdir, report: Report
+) -> None:
   """What a user takes home: the packed model's size, choices and text, and the search result."""
-  model = base.model
-  settings = awq_settings(config, format)
-  searches = []
-
-  def block(index, block, x, context):
-    searches.append(search_block(block, x, context, model.config, settings))
-    return quantize_block(block, searches[-1], model.config, format)
-
-  tokens = draws[config.seeds[0]]
+  model, settings = base.model, awq_settings(config, format)
+  searches = search_model(model, draws[config.seeds[0]], settings)
   candidates = {
     "full precision": model,
-    "RTN": rtn_method(format)(model, tokens),
-    "AWQ": Method(block)(model, tokens),
+    "RTN": rtn(model, format),
+    "AWQ": apply_to_model(model, searches, format),
   }
   search_result.save(workdir / "search.safetensors", searches, settings)
   windows = np.concatenate(list(evaluation.windows.values()))
@@ -486,7 +487,7 @@ def final_model(config, base, format, draws, evaluation, workdir, report: Report
         bits,
         block_parameters(model) * bits / 8 / 1e6,
         choice_accuracy(candidate, questions).accuracy,
-        base.tokenizer.decode(continuation),
+        repr(base.tokenizer.decode(continuation)),
       ]
     )
   report.tables.append(

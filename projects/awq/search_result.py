@@ -13,8 +13,8 @@ import pathlib
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
+from common.checkpoints.huggingface import save_tensors
 from common.errors import UserError
 from common.quantization.quantized_array import IntegerFormat
 from projects.awq.awq import AWQSettings, BlockSearch
@@ -29,10 +29,7 @@ def save(path: str | os.PathLike, searches: list[BlockSearch], settings: AWQSett
   described = dataclasses.asdict(settings)
   described["format"]["scale_dtype"] = jnp.dtype(settings.format.scale_dtype).name
   metadata = {"settings": json.dumps(described), "num_blocks": str(len(searches))}
-  path = pathlib.Path(path)
-  partial = path.with_name(f".{path.name}.incomplete-{os.getpid()}")
-  safetensors.numpy.save_file(tensors, partial, metadata=metadata)
-  os.replace(partial, path)
+  save_tensors(pathlib.Path(path), tensors, metadata)
 
 
 def load(path: str | os.PathLike) -> tuple[list[BlockSearch], AWQSettings]:
