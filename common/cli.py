@@ -184,7 +184,14 @@ def prepare_jax() -> None:
   Raises:
     UserError: the cache folder cannot be made.
   """
-  quiet = {"TF_CPP_MIN_LOG_LEVEL": "2", "JAX_COMPILATION_CACHE_DIR": str(cache_dir("xla"))}
+  quiet = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "JAX_COMPILATION_CACHE_DIR": str(cache_dir("xla")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    # XLA's CPU scheduler otherwise starts whatever it can, such as dequantizing every layer of a
+    # packed model at once, and holds all results in memory until they are used.
+    "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+  }
   if sys.platform == "linux" and not _any_device("accel*", "vfio/[0-9]*"):
     quiet |= {
       "TPU_ACCELERATOR_TYPE": "v5litepod-4",

@@ -6,11 +6,12 @@ shards as they come and makes the directory appear only when it is complete.
 """
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,9 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from common.checkpoints.families import FAMILIES, Family
+from common.checkpoints.families import FAMILIES
+from common.checkpoints.family import Family
+from common.checkpoints.tensors import bare_names, canonical_names, from_hf, tensor_name, to_hf
 from common.errors import UserError
 from common.models.decoder import Block, Decoder, DecoderConfig
 
@@ -28,20 +31,29 @@ INDEX_NAME = "model.safetensors.index.json"
 TOKENIZER_FILES = (
   "tokenizer.json",
   "tokenizer_config.json",
+  "tokenizer.model",
+  "spiece.model",
+  "vocab.json",
+  "vocab.txt",
+  "merges.txt",
+  "added_tokens.json",
   "special_tokens_map.json",
+  "chat_template.jinja",
+  "preprocessor_config.json",
   "generation_config.json",
 )
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
 class Checkpoint:
-  """A Hugging Face directory of a supported decoder, opened for reading.
+  """A Hugging Face directory of a supported model, opened for reading.
 
   Attributes:
     path: the directory.
     hf_config: config.json as a dict.
-    config: the decoder's config.
-    files: tensor name -> the safetensors file that holds it.
+    family: how its config and tensors are spelled.
+    config: our model's config.
+    files: tensor name -> the safetensors file that holds it. A name is the one of `tensor_name`,
+      whatever older spelling the file has.
 
   Raises:
     UserError: the directory, its config or its weights are missing, damaged or of an unsupported
@@ -51,9 +63,12 @@ class Checkpoint:
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path).expanduser()
     self.hf_config = read_config(self.path)
-    self.family = _family(self.hf_config, self.path)
-    self.config = _decoder_config(self.family, self.hf_config, self.path)
-    self.files = _tensor_files(self.path)
+    self.family = find_family(self.hf_config, self.path)
+    files = _tensor_files(self.path)
+    self._stored = canonical_names(self.family, files)
+    self.files = {name: files[stored] for name, stored in self._stored.items()}
+    config = model_config(self.family, self.hf_config, self.files, self.path)
+    self.config = self._resolve_ties(config)
     self.quantization = self.hf_config.get("quantization_config")
     self._check_names()
 
@@ -66,27 +81,36 @@ class Checkpoint:
     for file, wanted in by_file.items():
       with _open(file) as f:
         for name in wanted:
-          tensors[name] = f.get_tensor(name)
+          tensors[name] = f.get_tensor(self._stored[name])
     for name, value in tensors.items():
       # Bit patterns and integers of quantized tensors are finite by construction.
       if jnp.issubdtype(value.dtype, jnp.floating) and not np.isfinite(value).all():
         raise UserError(f"{self.path}: tensor {name!r} holds NaN or infinite values")
     return tensors
 
-  def load_model(self, dtype=jnp.float32) -> Decoder:
+  def load_model(self, dtype=jnp.float32) -> nnx.Module:
     """The whole model, its parameters cast to `dtype` (None keeps the file's)."""
+    if self.family.model is not Decoder:
+      return self._load(lambda rngs: self.family.model(self.config, rngs=rngs), (), dtype)
     model = self.load_outer(dtype)
     model.config = self.config
     model.blocks = nnx.List([self.load_block(i, dtype) for i in range(self.config.num_layers)])
     return model
 
   def load_outer(self, dtype=jnp.float32) -> Decoder:
-    """The model without its blocks: embeddings, final norm and head."""
+    """A decoder without its blocks: embeddings, final norm and head.
+
+    Raises:
+      UserError: the checkpoint is of another kind of model.
+    """
+    self._check_decoder()
     return self._load(lambda rngs: _outer(self.config, rngs), (), dtype)
 
   def load_block(self, index: int, dtype=jnp.float32) -> Block:
-    """Block `index`; its quantized linears, if any, as `QuantizedLinear`."""
-    return self._load(lambda rngs: Block(self.config, rngs), ("blocks", index), dtype)
+    """A decoder's block `index`; its quantized linears, if any, as `QuantizedLinear`."""
+    self._check_decoder()
+    full = index in self.config.full_attention_layers
+    return self._load(lambda rngs: Block(self.config, rngs, full), ("blocks", index), dtype)
 
   def _load(self, make, prefix: tuple, dtype):
     graphdef, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
@@ -105,7 +129,7 @@ class Checkpoint:
         # Stands in for a kernel that is replaced by packed weights below.
         flat[path] = variable.replace(jnp.zeros((), dtype))
         continue
-      value = _from_hf(self.family, path, tensors[names[path]], self.config)
+      value = from_hf(self.family, path, tensors[names[path]], self.config)
       if value.shape != variable.shape:
         raise UserError(
           f"{self.path}: tensor {names[path]!r} gives shape {value.shape}, "
@@ -121,20 +145,35 @@ class Checkpoint:
       autoawq.attach(module, self, {".".join(map(str, p)): s for p, s in quantized.items()})
     return module
 
+  def _check_decoder(self) -> None:
+    if self.family.model is not Decoder:
+      raise UserError(f"{self.path} is a {self.family.model.__name__}; expected a decoder")
+
+  def _resolve_ties(self, config):
+    """Believes the tensors where config.json is wrong about tied embeddings."""
+    if not getattr(config, "tie_word_embeddings", False):
+      return config
+    tied = self.family.tied
+    for copy, original in tied.items():
+      if original not in self.files and copy in self.files:
+        self._alias(original, copy)
+    modules = self.family.names.values()
+    heads = {c: o for c, o in tied.items() if c.rpartition(".")[0] in modules}
+    copies = [copy for copy in heads if copy in self.files]
+    tensors = self.read([*copies, *(heads[copy] for copy in copies)])
+    if all(np.array_equal(tensors[copy], tensors[heads[copy]]) for copy in copies):
+      return config
+    for copy, original in heads.items():
+      if copy not in self.files and original in self.files:
+        self._alias(copy, original)
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+  def _alias(self, name: str, other: str) -> None:
+    self.files[name], self._stored[name] = self.files[other], self._stored[other]
+
   def _check_names(self) -> None:
-    abstract = nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
-    expected = {tensor_name(self.family, path) for path, _ in nnx.state(abstract).flat_state()}
-    if any(name not in self.files for name in expected):
-      # A checkpoint of the bare model, saved without its head's class, leaves the prefix out.
-      prefix = self.family.prefix
-      renamed = {f"{prefix}{name}": file for name, file in self.files.items()}
-      if any(name in renamed for name in expected) and not any(
-        name.startswith(prefix) for name in self.files
-      ):
-        raise UserError(
-          f"{self.path}: the tensors lack the prefix {prefix!r}: this is the model without its "
-          "language-model head; save it from the class " + self.family.architecture
-        )
+    state = nnx.state(abstract_model(self.config))
+    expected = {tensor_name(self.family, path) for path, _ in state.flat_state()}
     packed = ("qweight", "qzeros", "scales")
     if self.quantization:
       expected = {
@@ -147,14 +186,15 @@ class Checkpoint:
         )
       }
     missing = sorted(expected - self.files.keys())
-    tied = (
-      {tensor_name(self.family, ("lm_head", "kernel"))}
-      if self.config.tie_word_embeddings
-      else set()
-    )
-    extra = sorted(
-      name for name in self.files.keys() - expected - tied if not name.endswith(self.family.buffers)
-    )
+    prefix, tied = self.family.prefix, self.family.tied
+    extra = self.files.keys() - expected - tied.keys() - set(tied.values())
+    extra = sorted(name for name in extra if not name.endswith(self.family.buffers))
+    bare = not any(name.startswith(prefix) for name in self._stored.values())
+    if missing and bare and not any(name.startswith(prefix) for name in missing):
+      raise UserError(
+        f"{self.path}: missing tensors: {_some(missing)}; the others lack the prefix {prefix!r}: "
+        "this is the model without its head; save it from the class " + self.family.architecture
+      )
     if missing:
       raise UserError(f"{self.path}: missing tensors: {_some(missing)}")
     if extra:
@@ -219,7 +259,7 @@ class CheckpointWriter:
       pending = sum(v.nbytes for v in self._pending.values())
       if self._pending and pending + value.nbytes > self.max_shard_bytes:
         self._flush()
-      self._pending[name] = np.ascontiguousarray(value)
+      self._pending[name] = np.asarray(value, order="C")  # Keeps scalars scalar.
 
   def flush(self) -> None:
     """Writes what was added so far as a shard, to free its memory."""
@@ -229,7 +269,7 @@ class CheckpointWriter:
     if not self._pending:
       return
     file = self._partial / f"shard-{len(self._shards)}.safetensors"
-    safetensors.numpy.save_file(self._pending, file, metadata={"format": "pt"})
+    save_tensors(file, self._pending, {"format": "pt"})
     self._shards.append(list(self._pending))
     self._total_bytes += sum(v.nbytes for v in self._pending.values())
     self._pending = {}
@@ -257,67 +297,43 @@ class CheckpointWriter:
 
 def load_decoder(path: str | os.PathLike, dtype=jnp.float32) -> Decoder:
   """Loads a decoder with all its weights. See `Checkpoint` for the errors."""
-  return Checkpoint(path).load_model(dtype)
+  checkpoint = Checkpoint(path)
+  checkpoint._check_decoder()
+  return checkpoint.load_model(dtype)
 
 
-def save_decoder(model: Decoder, path: str | os.PathLike, **writer_options) -> None:
-  """Writes a decoder as a Hugging Face directory (`CheckpointWriter`'s options apply)."""
-  with CheckpointWriter(path, hf_config(model.config), **writer_options) as writer:
-    writer.add(to_hf(model, model.config))
+def save_model(model: nnx.Module, path: str | os.PathLike, **writer_options) -> None:
+  """Writes a model as a Hugging Face directory (`CheckpointWriter`'s options apply)."""
+  tensors = to_hf(model, model.config)
+  config = hf_config(model.config, str(next(iter(tensors.values())).dtype))
+  with CheckpointWriter(path, config, **writer_options) as writer:
+    writer.add(bare_names(FAMILIES[model.config.family], config, tensors))
 
 
-def hf_config(config: DecoderConfig) -> dict[str, Any]:
-  """config.json's content for a decoder."""
+def hf_config(config: Any, dtype: str = "float32") -> dict[str, Any]:
+  """config.json's content for a model whose tensors are of `dtype`."""
   family = FAMILIES[config.family]
   return {
     "architectures": [family.architecture],
     "model_type": config.family,
-    "vocab_size": config.vocab_size,
-    "tie_word_embeddings": config.tie_word_embeddings,
-    "dtype": "float32",
-    "torch_dtype": "float32",
+    "dtype": dtype,
+    "torch_dtype": dtype,
   } | family.write(config)
 
 
-def to_hf(module: nnx.Module, config: DecoderConfig, prefix: tuple = ()) -> dict[str, np.ndarray]:
-  """Tensors of a decoder, or of its part at `prefix`, under their Hugging Face names.
-
-  Args:
-    module: a `Decoder`, or the block at `prefix`.
-    config: the decoder's config.
-    prefix: path of `module` in the decoder, such as ("blocks", 3).
-  """
-  family = FAMILIES[config.family]
-  tensors, fused = {}, collections.defaultdict(dict)
-  for path, variable in nnx.state(module, nnx.Param).flat_state():
-    value = np.asarray(variable.get_value())
-    if path[-1] == "kernel":
-      value = value.T
-    name = tensor_name(family, prefix + path)
-    if family.fused_qkv and path[-2] in ("q_proj", "k_proj", "v_proj"):
-      fused[name][path[-2][0]] = value
-    else:
-      transpose_back = path[-1] == "kernel" and not family.transposed and path[-2] != "lm_head"
-      tensors[name] = value.T if transpose_back else value
-  for name, parts in fused.items():
-    stacked = [parts[p] for p in "qkv"]
-    if family.fused_qkv == "interleaved":
-      heads = [p.reshape(config.num_heads, config.head_dim, *p.shape[1:]) for p in stacked]
-      value = np.stack(heads, axis=1).reshape(-1, *stacked[0].shape[1:])
-    else:
-      value = np.concatenate(stacked)
-    tensors[name] = value.T if value.ndim == 2 and not family.transposed else value
-  return tensors
-
-
-def tensor_name(family: Family, path: tuple) -> str:
-  """Hugging Face name of the parameter at `path`, such as ("blocks", 0, "mlp", ..., "kernel")."""
-  index = None
-  if path[0] == "blocks":
-    index, path = path[1], path[2:]
-  module, leaf = ".".join(path[:-1]), path[-1]
-  prefix = "" if module == "lm_head" else family.prefix
-  return f"{prefix}{family.names[module].format(i=index)}.{_LEAVES[leaf]}"
+def save_tensors(
+  path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]
+) -> None:
+  """Writes one safetensors file, which appears only when complete, with the usual permissions."""
+  partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+  try:
+    safetensors.numpy.save_file(dict(tensors), partial, metadata=metadata)
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # The library makes files that only their owner can read.
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -344,25 +360,6 @@ def _outer(config: DecoderConfig, rngs: nnx.Rngs) -> Decoder:
   model = Decoder(config, rngs=rngs)
   model.blocks = nnx.List([])
   return model
-
-
-def _family(config: dict[str, Any], path: pathlib.Path) -> Family:
-  kind = config.get("model_type")
-  architectures = config.get("architectures") or []
-  supported = ", ".join(sorted(f.architecture for f in FAMILIES.values()))
-  if kind not in FAMILIES or any(a != FAMILIES[kind].architecture for a in architectures):
-    name = (architectures or [kind])[0]
-    raise UserError(f"{path}: architecture {name!r} is not supported; supported: {supported}")
-  return FAMILIES[kind]
-
-
-def _decoder_config(family: Family, config: dict[str, Any], path: pathlib.Path) -> DecoderConfig:
-  try:
-    return family.read(config)
-  except KeyError as e:
-    raise UserError(f"{path}/config.json lacks the key {e}") from None
-  except UserError as e:
-    raise UserError(f"{path}: {e}") from None
 
 
 def _tensor_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -403,32 +400,54 @@ def _open(file: pathlib.Path):
     raise UserError(f"{file} is truncated or not a safetensors file: {e}") from None
 
 
-def _from_hf(family: Family, path: tuple, value: np.ndarray, config: DecoderConfig) -> np.ndarray:
-  """One tensor as the decoder stores it: splits fused q, k, v; kernels become [in, out]."""
-  is_kernel = path[-1] == "kernel"
-  if is_kernel and not family.transposed and path[-2] != "lm_head":
-    value = value.T
-  if family.fused_qkv and path[-2] in ("q_proj", "k_proj", "v_proj"):
-    part = "qkv".index(path[-2][0])
-    if family.fused_qkv == "interleaved":
-      heads = value.reshape(config.num_heads, 3, config.head_dim, *value.shape[1:])
-      value = heads[:, part].reshape(-1, *value.shape[1:])
-    else:
-      value = np.split(value, 3)[part]
-  return value.T if is_kernel else value
-
-
 def _some(names: list[str], limit: int = 4) -> str:
   rest = len(names) - limit
   return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def abstract_decoder(config: DecoderConfig) -> Decoder:
-  """A decoder of `jax.ShapeDtypeStruct` leaves: shapes without memory."""
-  return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+def find_family(hf_config: Mapping[str, Any], path: pathlib.Path) -> Family:
+  """The family of a config.json, which is in `path`.
+
+  Raises:
+    UserError: the model_type or the class is not supported.
+  """
+  kind = hf_config.get("model_type")
+  architectures = hf_config.get("architectures") or []
+  if kind not in FAMILIES or any(a not in FAMILIES[kind].architectures for a in architectures):
+    name = (architectures or [kind])[0]
+    supported = ", ".join(sorted(a for f in FAMILIES.values() for a in f.architectures))
+    raise UserError(f"{path}: architecture {name!r} is not supported; supported: {supported}")
+  return FAMILIES[kind]
 
 
-def parameter_count(config: DecoderConfig) -> int:
-  """Number of parameters of a decoder."""
-  leaves = jax.tree.leaves(nnx.state(abstract_decoder(config), nnx.Param))
+def model_config(
+  family: Family, hf_config: Mapping[str, Any], names: Collection[str], path: pathlib.Path
+) -> Any:
+  """Our config of a checkpoint.
+
+  Args:
+    family: of `find_family`.
+    hf_config: config.json's content.
+    names: of the checkpoint's tensors, as `tensor_name` spells them.
+    path: where it is, for messages.
+
+  Raises:
+    UserError: a key is missing, or has a value that is not supported.
+  """
+  try:
+    return family.inspect(family.read(dict(hf_config)), names)
+  except KeyError as e:
+    raise UserError(f"{path}/config.json lacks the key {e}") from None
+  except UserError as e:
+    raise UserError(f"{path}: {e}") from None
+
+
+def abstract_model(config: Any) -> nnx.Module:
+  """A model of `jax.ShapeDtypeStruct` leaves: shapes without memory."""
+  return nnx.eval_shape(lambda: FAMILIES[config.family].model(config, rngs=nnx.Rngs(0)))
+
+
+def parameter_count(config: Any) -> int:
+  """Number of parameters of a model."""
+  leaves = jax.tree.leaves(nnx.state(abstract_model(config), nnx.Param))
   return sum(int(np.prod(leaf.shape)) for leaf in leaves)

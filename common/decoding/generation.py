@@ -1,7 +1,8 @@
 """Batched generation with a KV cache: greedy, temperature, top-k and top-p sampling.
 
-Prompts are left-padded to a common length, so that every row appends at the same cache slot. One
-compilation serves every call with the same padded prompt length, batch and number of new tokens.
+Prompts, or the sources of an encoder-decoder, are left-padded to a common length, so that every
+row appends at the same cache slot. One compilation serves every call with the same padded length,
+batch and number of new tokens.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from flax import nnx
 
 from common.errors import UserError
 from common.models.decoder import Decoder, KVCache
+from common.models.encoder_decoder import EncoderDecoder
 
 Array = jax.Array
 
@@ -115,35 +117,102 @@ def generate(
   graphdef, state = nnx.split(model)
   stop = -1 if stop_token is None else stop_token
   new = _generate(graphdef, state, tokens, segment_ids, key, stop, max_new_tokens, sampling)
+  return _cut(new, stop)
+
+
+def generate_seq2seq(
+  model: EncoderDecoder,
+  sources: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  key: Array | None = None,
+  sampling: Sampling | None = None,
+) -> list[list[int]]:
+  """Generates a target for every source, until the model's end-of-sequence token.
+
+  Args:
+    model: an encoder-decoder.
+    sources: token ids, of any lengths.
+    max_new_tokens: tokens to generate at most.
+    key: for sampling; not needed when greedy.
+    sampling: greedy by default.
+
+  Returns:
+    The tokens of each target, without the start and the end token.
+
+  Raises:
+    UserError: a source is empty.
+  """
+  sampling = sampling or Sampling()
+  if sampling.temperature > 0 and key is None:
+    raise ValueError("sampling with a temperature needs a key")
+  tokens, segment_ids = pad_left(sources)
+  key = jax.random.key(0) if key is None else key
+  graphdef, state = nnx.split(model)
+  new = _generate_seq2seq(graphdef, state, tokens, segment_ids, key, max_new_tokens, sampling)
+  return _cut(new, model.config.eos_token_id)
+
+
+def _cut(new: Array, stop: int) -> list[list[int]]:
   rows = np.asarray(new).tolist()
   return [row[: row.index(stop)] if stop in row else row for row in rows]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def _generate_seq2seq(graphdef, state, tokens, segment_ids, key, max_new_tokens, sampling):
+  model = nnx.merge(graphdef, state)
+  config = model.config
+  cache = model.start(tokens, segment_ids=segment_ids, max_length=max_new_tokens)
+
+  def step(cache, token):
+    logits, cache = nnx.merge(graphdef, state).decode(token[:, None], cache)
+    return logits[:, 0], cache
+
+  start = jnp.full(len(tokens), config.decoder_start_token_id, jnp.int32)
+  logits, cache = step(cache, start)
+  return _continue(step, logits, cache, key, config.eos_token_id, max_new_tokens, sampling)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
 def _generate(graphdef, state, tokens, segment_ids, key, stop, max_new_tokens, sampling):
-  """New tokens int32 [batch, max_new_tokens]; what follows a stop token repeats it."""
   batch, length = tokens.shape
   model = nnx.merge(graphdef, state)
   dtype = model.embed_tokens.embedding.dtype
   cache = KVCache.empty(model.config, batch, length + max_new_tokens, dtype)
   positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
   logits, cache = model(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
-  key, use = jax.random.split(key)
-  token = sample(logits[:, -1], use, sampling)
-  new = jnp.full((batch, max_new_tokens), stop, jnp.int32).at[:, 0].set(token)
 
-  def unfinished(carry):
-    step, _, _, _, token, _, _ = carry
-    return (step < max_new_tokens) & jnp.any(token != stop)
-
-  def decode(carry):
-    step, position, cache, key, token, new, done = carry
+  def step(carry, token):
+    position, cache = carry
     model = nnx.merge(graphdef, state)
     logits, cache = model(token[:, None], positions=position[:, None], cache=cache)
-    key, use = jax.random.split(key)
-    done = done | (token == stop)
-    token = jnp.where(done, stop, sample(logits[:, 0], use, sampling))
-    return step + 1, position + 1, cache, key, token, new.at[:, step].set(token), done
+    return logits[:, 0], (position + 1, cache)
 
-  start = (1, positions[:, -1] + 1, cache, key, token, new, token == stop)
-  return jax.lax.while_loop(unfinished, decode, start)[5]
+  carry = (positions[:, -1] + 1, cache)
+  return _continue(step, logits[:, -1], carry, key, stop, max_new_tokens, sampling)
+
+
+def _continue(step, logits, carry, key, stop, max_new_tokens, sampling):
+  """New tokens int32 [batch, max_new_tokens]; what follows a stop token repeats it.
+
+  Args:
+    step: (carry, tokens int32 [batch]) -> (logits of the next tokens [batch, vocab], carry).
+    logits: of the first new token, [batch, vocab].
+    carry: for the first call of `step`.
+  """
+  key, use = jax.random.split(key)
+  token = sample(logits, use, sampling)
+  new = jnp.full((len(token), max_new_tokens), stop, jnp.int32).at[:, 0].set(token)
+
+  def unfinished(loop):
+    i, _, _, token, _ = loop
+    return (i < max_new_tokens) & jnp.any(token != stop)
+
+  def decode(loop):
+    i, carry, key, token, new = loop
+    logits, carry = step(carry, token)
+    key, use = jax.random.split(key)
+    token = jnp.where(token == stop, stop, sample(logits, use, sampling))
+    return i + 1, carry, key, token, new.at[:, i].set(token)
+
+  return jax.lax.while_loop(unfinished, decode, (1, carry, key, token, new))[-1]

@@ -17,6 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.models.activations import ACTIVATIONS, Activation
+from common.models.sharding import constrain
+
 Array = jax.Array
 
 
@@ -54,7 +57,7 @@ class DecoderConfig:
   final_norm: bool = True
   embedding_norm: bool = False
   embedding_dim: int | None = None  # OPT-350m projects embeddings of another width in and out.
-  activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+  activation: Activation = "silu"
   gated_mlp: bool = True
   qkv_bias: bool = False
   attention_out_bias: bool = False
@@ -65,6 +68,7 @@ class DecoderConfig:
   rope_scaling: RopeScaling | None = None
   rotary_dim: int | None = None  # None rotates the whole head.
   sliding_window: int | None = None
+  full_attention_layers: tuple[int, ...] = ()  # Blocks without the window (Qwen2).
   tie_word_embeddings: bool = False
   family: str = "llama"  # The Hugging Face model_type that this config reads and writes.
 
@@ -77,12 +81,14 @@ class AttentionContext(NamedTuple):
     bias: ALiBi's additive bias, float32 [batch, heads, seq, keys], or None.
     rope: (cos, sin), float32 [batch, seq, rotary_dim / 2], or None.
     offset: int32 [], where this pass writes its keys in the cache (0 without a cache).
+    full_mask: the mask of the blocks without the sliding window, or None if there are none.
   """
 
   mask: Array
   bias: Array | None
   rope: tuple[Array, Array] | None
   offset: Array
+  full_mask: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -188,18 +194,6 @@ def alibi_slopes(num_heads: int) -> Array:
   return jnp.array(slopes, jnp.float32)
 
 
-def gelu(x: Array) -> Array:
-  return jax.nn.gelu(x, approximate=False)
-
-
-def gelu_tanh(x: Array) -> Array:
-  return jax.nn.gelu(x, approximate=True)
-
-
-# Module-level functions, so that equal blocks have equal graph definitions and share compilations.
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": gelu, "gelu_tanh": gelu_tanh, "relu": jax.nn.relu}
-
-
 def _norm(config: DecoderConfig, features: int, rngs: nnx.Rngs):
   if config.norm == "rms":
     return nnx.RMSNorm(features, epsilon=config.norm_eps, rngs=rngs)
@@ -215,7 +209,8 @@ def _linear(in_features: int, out_features: int, bias: bool, rngs: nnx.Rngs) -> 
 class Attention(nnx.Module):
   """Multi-head attention with grouped key/value heads."""
 
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, full_attention: bool = False):
+    self.full_attention = full_attention
     query_width = config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
     self.head_dim = config.head_dim
@@ -226,8 +221,11 @@ class Attention(nnx.Module):
 
   def __call__(self, x: Array, context: AttentionContext, kv=None):
     """x: [batch, seq, dim] -> ([batch, seq, dim], the block's updated (keys, values) or None)."""
-    split = lambda y: y.reshape(*y.shape[:2], -1, self.head_dim)
-    query, key, value = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+    split = lambda y, heads: constrain(
+      y.reshape(*y.shape[:2], -1, self.head_dim), "batch", None, heads, None
+    )
+    query = split(self.q_proj(x), "heads")
+    key, value = split(self.k_proj(x), "kv_heads"), split(self.v_proj(x), "kv_heads")
     if context.rope is not None:
       query, key = apply_rope(query, context.rope), apply_rope(key, context.rope)
     if kv is not None:
@@ -236,7 +234,8 @@ class Attention(nnx.Module):
       )
       key, value = kv = write(kv[0], key), write(kv[1], value)
       key, value = key.astype(query.dtype), value.astype(query.dtype)
-    out = jax.nn.dot_product_attention(query, key, value, bias=context.bias, mask=context.mask)
+    mask = context.full_mask if self.full_attention else context.mask
+    out = jax.nn.dot_product_attention(query, key, value, bias=context.bias, mask=mask)
     return self.o_proj(out.reshape(*out.shape[:2], -1)), kv
 
 
@@ -258,18 +257,20 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-  """One transformer layer."""
+  """One transformer layer; `full_attention` exempts it from the config's sliding window."""
 
-  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+  def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, full_attention: bool = False):
     self.norm_placement = config.norm_placement
     self.parallel_residual = config.parallel_residual
     self.attention_norm = _norm(config, config.hidden_size, rngs)
-    self.attention = Attention(config, rngs)
+    self.attention = Attention(config, rngs, full_attention)
     self.mlp_norm = _norm(config, config.hidden_size, rngs)
     self.mlp = MLP(config, rngs)
 
   def __call__(self, x: Array, context: AttentionContext, kv=None):
     """x: [batch, seq, dim] -> ([batch, seq, dim], updated (keys, values) or None)."""
+    # Each device keeps its rows whole, so that weights travel between devices, not activations.
+    x = constrain(x, "batch", None, "residual")
     if self.norm_placement == "post":
       attended, kv = self.attention(x, context, kv)
       x = self.attention_norm(x + attended)
@@ -299,7 +300,8 @@ class Decoder(nnx.Module):
     self.project_in = _linear(width, config.hidden_size, False, rngs) if projects else None
     self.project_out = _linear(config.hidden_size, width, False, rngs) if projects else None
     self.embed_norm = _norm(config, config.hidden_size, rngs) if config.embedding_norm else None
-    self.blocks = nnx.List([Block(config, rngs) for _ in range(config.num_layers)])
+    full = [i in config.full_attention_layers for i in range(config.num_layers)]
+    self.blocks = nnx.List([Block(config, rngs, f) for f in full])
     self.final_norm = _norm(config, config.hidden_size, rngs) if config.final_norm else None
     tied = config.tie_word_embeddings
     self.lm_head = None if tied else _linear(width, config.vocab_size, False, rngs)
@@ -378,7 +380,9 @@ def make_context(
     key_positions = write(cache.positions, positions)
     key_segments = write(cache.segment_ids, segment_ids)
     cache = KVCache(list(cache.keys), list(cache.values), key_positions, key_segments, offset)
-  mask = attention_mask(positions, segment_ids, key_positions, key_segments, config.sliding_window)
+  ids = (positions, segment_ids, key_positions, key_segments)
+  mask = attention_mask(*ids, config.sliding_window)
+  full_mask = attention_mask(*ids) if config.full_attention_layers else None
   rope = bias = None
   if config.position == "rope":
     longest = jnp.max(jnp.where(key_segments != 0, key_positions, 0)) + 1
@@ -387,4 +391,4 @@ def make_context(
   if config.position == "alibi":
     distance = (key_positions[:, None, :] - positions[:, :, None]).astype(jnp.float32)
     bias = alibi_slopes(config.num_heads)[None, :, None, None] * distance[:, None]
-  return AttentionContext(mask, bias, rope, offset), cache
+  return AttentionContext(mask, bias, rope, offset, full_mask), cache

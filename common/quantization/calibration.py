@@ -50,10 +50,15 @@ def quantize_blocks(
   positions = jnp.arange(tokens.shape[1])[None]
   context, _ = make_context(outer.config, positions, jnp.ones_like(positions))
   x = outer.embed(tokens, jnp.broadcast_to(positions, tokens.shape))
-  for index, block in enumerate(blocks):
+  index = 0
+  # Not `enumerate`, which would hold a block while the next one is read.
+  for block in blocks:
     quantized = quantize_block(index, block, x, context)
     x = run_block(block if stream == "full_precision" else quantized, x, context)
+    index += 1
+    del block
     yield quantized
+    del quantized
 
 
 def quantize_model(
@@ -90,7 +95,7 @@ def block_hessians(
 def rtn_block(block: Block, format: IntegerFormat) -> Block:
   """The block with every linear rounded to nearest and packed."""
   block = nnx.clone(block)
-  pack_linears(block, {p: rtn.quantize(k, format) for p, k in get_kernels(block).items()})
+  pack_linears(block, {p: _quantize(k, format) for p, k in get_kernels(block).items()})
   return block
 
 
@@ -155,6 +160,9 @@ def _chunks(x: Array) -> Array:
   return x.reshape(-1, rows, *x.shape[1:])
 
 
+_quantize = jax.jit(rtn.quantize, static_argnums=1)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _run_block(graphdef, state, x, context):
   run = lambda rows: nnx.merge(graphdef, state)(rows, context)[0]
@@ -182,7 +190,7 @@ def _block_hessians(graphdef, state, x, context, paths):
     products = {}
     for path, value in inputs.items():
       value = value.reshape(-1, value.shape[-1]).astype(jnp.float32)
-      products[path] = value.T @ value
+      products[path] = jnp.matmul(value.T, value, precision="highest")
     return jax.tree.map(jnp.add, total, products), None
 
   kernels = get_kernels(nnx.merge(graphdef, state), list(paths))

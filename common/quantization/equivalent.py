@@ -79,20 +79,23 @@ def fold_scale(block: nnx.Module, group: ScalingGroup, scale: Array) -> None:
   parent, _, name = group.previous.rpartition(".")
   previous = get_module(block, group.previous)
   if isinstance(previous, (nnx.RMSNorm, nnx.LayerNorm)):
-    previous.scale[...] = previous.scale[...] / scale
-    if getattr(previous, "bias", None) is not None:
-      previous.bias[...] = previous.bias[...] / scale
+    _multiply(previous.scale, 1 / scale)
+    _multiply(getattr(previous, "bias", None), 1 / scale)
   elif isinstance(previous, nnx.Linear):
-    previous.kernel[...] = previous.kernel[...] / scale
-    if previous.bias is not None:
-      previous.bias[...] = previous.bias[...] / scale
+    _multiply(previous.kernel, 1 / scale)
+    _multiply(previous.bias, 1 / scale)
   elif isinstance(previous, ScaledActivation):
-    previous.scale[...] = previous.scale[...] * scale
+    _multiply(previous.scale, scale)
   else:
     setattr(get_module(block, parent), name, nnx.data(ScaledActivation(previous, scale)))
   for path in group.linears:
-    linear = get_module(block, path)
-    linear.kernel[...] = linear.kernel[...] * scale[:, None]
+    _multiply(get_module(block, path).kernel, scale[:, None])
+
+
+def _multiply(parameter: nnx.Param | None, factor: Array) -> None:
+  """Multiplies in place, in the parameter's own type."""
+  if parameter is not None:
+    parameter[...] = (parameter[...] * factor).astype(parameter.dtype)
 
 
 def smoothquant_scale(x_max: Array, kernels: list[Array], alpha: float = 0.5) -> Array:

@@ -24,7 +24,7 @@ def hessian(x: Array) -> Array:
     x: inputs of the layer, [..., in].
   """
   x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-  return 2.0 / x.shape[0] * (x.T @ x)
+  return 2.0 / x.shape[0] * jnp.matmul(x.T, x, precision="highest")
 
 
 def inverse_cholesky(h: Array, damping: float) -> Array:
@@ -138,7 +138,9 @@ def gptq(
     def update_behind(k, w):
       u_part = jax.lax.dynamic_slice_in_dim(u_rows, k * block, block, axis=1)
       behind = jax.lax.dynamic_slice_in_dim(w, k * block, block)
-      return jax.lax.dynamic_update_slice_in_dim(w, behind - u_part.T @ errors, k * block, axis=0)
+      # Accelerators would round float32 operands to bfloat16.
+      behind = behind - jnp.matmul(u_part.T, errors, precision="highest")
+      return jax.lax.dynamic_update_slice_in_dim(w, behind, k * block, axis=0)
 
     w = jax.lax.fori_loop(b + 1, (rows + padded) // block, update_behind, w)
     codes = jax.lax.dynamic_update_slice_in_dim(codes, block_codes, start, axis=0)

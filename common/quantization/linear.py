@@ -28,7 +28,7 @@ class QuantizedLinear(nnx.Module):
     """[..., in] -> [..., out] in x's dtype."""
     w: QuantizedArray = self.weight.get_value()
     y = quantized_matmul(x, w.values, w.scales, w.zero_points, bits=w.format.bits)
-    return y if self.bias is None else y + self.bias[...]
+    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 def pack_linears(module: nnx.Module, weights: Mapping[str, QuantizedArray]) -> None:

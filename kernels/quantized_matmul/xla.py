@@ -42,5 +42,8 @@ def quantized_matmul(
   x: Array, values: Array, scales: Array, zero_points: Array | None, *, bits: int
 ) -> Array:
   """x [..., rows] times the dequantized [rows, columns], accumulated in float32."""
+  # Dequantize when x is there, not before: a decoding loop's compiler would otherwise move every
+  # layer's dequantization out of the loop and hold the whole model in full precision.
+  x, values, scales = jax.lax.optimization_barrier((x, values, scales))
   weights = dequantize(values, scales, zero_points, bits=bits, rows=x.shape[-1], dtype=x.dtype)
   return jnp.dot(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)

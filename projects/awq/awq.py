@@ -22,9 +22,9 @@ from flax import nnx
 from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig
 from common.models.surgery import get_module
 from common.quantization import rtn
-from common.quantization.calibration import block_inputs, quantize_model
+from common.quantization.calibration import block_inputs, quantize_model, rtn_block
 from common.quantization.equivalent import ScalingGroup, fold_scale, scaling_groups
-from common.quantization.linear import get_kernels, pack_linears, set_kernels
+from common.quantization.linear import get_kernels, set_kernels
 from common.quantization.quantized_array import IntegerFormat
 
 Array = jax.Array
@@ -107,10 +107,7 @@ def search_scale(forward, kernels: dict[str, Array], s_x: Array, settings: AWQSe
 
   def loss(ratio):
     scale = channel_scale(s_x, ratio)
-    rounded = {p: scaled_fake_quantize(w, scale, settings.format) for p, w in kernels.items()}
-    # The identity on float32, and a wall between the rounding and the forward pass: fused with its
-    # operand and its loss, a matrix product takes twice as long on the CPU.
-    return forward({p: jax.lax.reduce_precision(w, 8, 23) for p, w in rounded.items()})
+    return forward({p: scaled_fake_quantize(w, scale, settings.format) for p, w in kernels.items()})
 
   ratios = jnp.arange(settings.scale_grid, dtype=jnp.float32) / settings.scale_grid
   losses = jax.lax.map(loss, ratios)
@@ -137,24 +134,28 @@ def search_clip(w: Array, x: Array, settings: AWQSettings) -> Array:
   x = x[:: max(1, x.shape[0] // settings.clip_tokens)]
   groups = settings.format.num_groups(w.shape)[0]
   x = x.reshape(x.shape[0], groups, -1)
-  gram = jnp.einsum("tgi,tgj->gij", x, x) / x.shape[0]
-  w = w.astype(jnp.float32)
-  grouped = w.reshape(groups, -1, w.shape[1])
-  largest = jnp.abs(grouped).max(axis=1)
-
-  def step(best, shrink):
-    limit = largest * shrink
-    clipped = jnp.clip(grouped, -limit[:, None], limit[:, None])
-    error = rtn.fake_quantize(clipped.reshape(w.shape), settings.format) - w
-    error = error.reshape(grouped.shape)
-    loss = jnp.sum(error * jnp.einsum("gij,gjo->gio", gram, error), axis=1)
-    better = loss < best[0]
-    return (jnp.where(better, loss, best[0]), jnp.where(better, limit, best[1])), None
-
-  start = (jnp.full(largest.shape, jnp.inf), largest)
+  gram = jnp.einsum("tgi,tgj->gij", x, x, precision="highest") / x.shape[0]
+  w = w.astype(jnp.float32).reshape(groups, -1, w.shape[1])
+  one_group = dataclasses.replace(settings.format, group_size=-1)
   steps = int(settings.max_shrink * settings.clip_grid)
   shrinks = jnp.array([1 - i / settings.clip_grid for i in range(steps)], jnp.float32)
-  return jax.lax.scan(step, start, shrinks)[0][1]
+
+  def search_group(gram, w):
+    """gram: [group, group], w: [group, out] -> [out]."""
+    largest = jnp.abs(w).max(axis=0)
+
+    def step(best, shrink):
+      limit = largest * shrink
+      error = rtn.fake_quantize(jnp.clip(w, -limit, limit), one_group) - w
+      loss = jnp.sum(error * _product(gram, error), axis=0)
+      better = loss < best[0]
+      return (jnp.where(better, loss, best[0]), jnp.where(better, limit, best[1])), None
+
+    start = (jnp.full(largest.shape, jnp.inf), largest)
+    return jax.lax.scan(step, start, shrinks)[0][1]
+
+  # Group by group: a group's weights stay in the cache for all steps.
+  return jax.lax.map(lambda group: search_group(*group), (gram, w))
 
 
 def search_block(
@@ -213,9 +214,7 @@ def quantize_block(
   block: Block, search: BlockSearch, config: DecoderConfig, format: IntegerFormat
 ) -> Block:
   """Applies a search result to a full-precision block, then rounds and packs every linear."""
-  block = apply_search(block, search, config)
-  pack_linears(block, {p: rtn.quantize(w, format) for p, w in get_kernels(block).items()})
-  return block
+  return rtn_block(apply_search(block, search, config), format)
 
 
 def search_model(model: Decoder, tokens: Array, settings: AWQSettings) -> list[BlockSearch]:
@@ -251,9 +250,22 @@ def linear_error(w: Array, x: Array):
   """
   x = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
   if x.shape[0] <= x.shape[1]:
-    return lambda new: jnp.mean((x @ (new - w)) ** 2)
-  gram = x.T @ x / (x.shape[0] * w.shape[1])
-  return lambda new: jnp.sum((new - w) * (gram @ (new - w)))
+    return lambda new: jnp.mean(_product(x, new - w) ** 2)
+  gram = _product(x.T, x) / (x.shape[0] * w.shape[1])
+  return lambda new: jnp.sum((new - w) * _product(gram, new - w))
+
+
+def _unfused(x: Array) -> Array:
+  """x (float32) as it is, but computed before what consumes it.
+
+  Fused with a sum over its result, a matrix product is several times slower on the CPU.
+  """
+  return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
+
+
+def _product(a: Array, b: Array) -> Array:
+  """a @ b in float32 (accelerators would round the operands to bfloat16), unfused."""
+  return _unfused(jnp.matmul(a, b, precision="highest"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -273,7 +285,8 @@ def _search_scale(graphdef, state, x, context, group: ScalingGroup, settings: AW
     return module(x, context)[0] if group.inspect == "attention" else module(x)
 
   target = inspected(kernels)
-  mean_squared_error = lambda new: jnp.mean((inspected(new) - target).astype(jnp.float32) ** 2)
+  error = lambda new: _unfused((inspected(new) - target).astype(jnp.float32))
+  mean_squared_error = lambda new: jnp.mean(error(new) ** 2)
   return search_scale(mean_squared_error, kernels, s_x, settings)
 
 

@@ -1,0 +1,128 @@
+"""Generation against an argmax loop without a cache, and what sampling may choose."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from common.decoding import generation
+from common.decoding.generation import Sampling, generate, pad_left, sample
+from common.errors import UserError
+from common.quantization.calibration import rtn_block
+from common.quantization.quantized_array import IntegerFormat
+from tests.common.quantization.small_decoders import ARCHITECTURES, random_decoder
+
+PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [9]]
+
+
+def packed(model):
+  model = nnx.clone(model)
+  model.blocks = nnx.List([rtn_block(b, IntegerFormat(4, 16)) for b in model.blocks])
+  return model
+
+
+@pytest.mark.parametrize(
+  "architecture, prepare",
+  [
+    ("llama", packed),
+    ("qwen2, grouped-query", lambda m: m),
+    ("opt", lambda m: m),
+    ("bloom", lambda m: m),
+  ],
+)
+def test_greedy_equals_an_argmax_loop_row_by_row(architecture, prepare):
+  model = prepare(random_decoder(ARCHITECTURES[architecture]))
+  step = nnx.jit(lambda model, tokens: model(tokens)[0])
+  for prompt, new in zip(PROMPTS, generate(model, PROMPTS, max_new_tokens=6)):
+    # One padded shape for all lengths; what follows the end is not seen.
+    tokens = np.zeros((1, 16), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for i in range(len(prompt), len(prompt) + 6):
+      tokens[0, i] = np.argmax(step(model, jnp.asarray(tokens))[0, i - 1])
+    assert new == tokens[0, len(prompt) : len(prompt) + 6].tolist()
+
+
+def test_a_stop_token_ends_its_row_only():
+  model = random_decoder(ARCHITECTURES["llama"])
+  free = generate(model, PROMPTS, max_new_tokens=8)
+  stop = free[0][2]
+  stopped = generate(model, PROMPTS, max_new_tokens=8, stop_token=stop)
+  for a, b in zip(free, stopped):
+    assert b == (a[: a.index(stop)] if stop in a else a)
+
+
+def test_one_compilation_per_bucket():
+  model = random_decoder(ARCHITECTURES["llama"])
+  generate(model, [[1, 2], [3]], max_new_tokens=5)
+  before = generation._generate._cache_size()
+  generate(model, [[4, 5, 6, 7], [8]], max_new_tokens=5)
+  assert generation._generate._cache_size() == before
+  generate(model, [[4] * 40, [8]], max_new_tokens=5)
+  assert generation._generate._cache_size() == before + 1
+
+
+def test_sampling_stays_in_the_nucleus():
+  logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+  draw = lambda sampling: {
+    int(sample(logits, key, sampling)[0]) for key in jax.random.split(jax.random.key(0), 200)
+  }
+  # 200 draws miss a token of probability 0.05 with probability 4e-5.
+  assert draw(Sampling(temperature=1.0)) == {0, 1, 2, 3}
+  assert draw(Sampling(temperature=1.0, top_k=2)) == {0, 1}
+  assert draw(Sampling(temperature=1.0, top_p=0.8)) == {0, 1}
+  assert draw(Sampling(temperature=1.0, top_p=0.81)) == {0, 1, 2}
+  assert draw(Sampling(temperature=1.0, top_p=0.01)) == {0}
+  assert draw(Sampling()) == {0}
+
+
+def test_temperature_sharpens():
+  logits = jnp.tile(jnp.log(jnp.array([0.6, 0.4])), (4000, 1))
+  share = lambda t: float(jnp.mean(sample(logits, jax.random.key(1), Sampling(t)) == 0))
+  # Standard error 0.008.
+  assert abs(share(1.0) - 0.6) < 0.03
+  assert abs(share(0.5) - 0.36 / 0.52) < 0.03
+
+
+def test_padding_is_on_the_left():
+  tokens, segment_ids = pad_left([[1, 2], [3, 4, 5]])
+  assert tokens.shape == (2, generation.PROMPT_BUCKET)
+  assert tokens[0, -2:].tolist() == [1, 2] and segment_ids.sum(axis=1).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda m: generate(m, [[1], []], max_new_tokens=2),
+    lambda m: generate(m, [], max_new_tokens=2),
+    lambda m: generate(m, [[1] * 30], max_new_tokens=9),  # The model has 32 positions.
+    lambda m: Sampling(temperature=-1.0),
+    lambda m: Sampling(top_p=0.0),
+  ],
+)
+def test_bad_input_is_a_user_error(call):
+  with pytest.raises(UserError):
+    call(random_decoder(ARCHITECTURES["opt"]))
+
+
+def test_decoding_holds_no_dequantized_copy_of_the_model():
+  config = dataclasses.replace(
+    ARCHITECTURES["llama"],
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=8,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+  )
+  model = packed(random_decoder(config))
+  graphdef, state = nnx.split(model)
+  tokens, segment_ids = pad_left([[1, 2, 3]])
+  compiled = generation._generate.lower(
+    graphdef, state, tokens, segment_ids, jax.random.key(0), -1, 8, Sampling()
+  ).compile()
+  block_weights = 8 * (4 * 128 * 128 + 3 * 128 * 256)
+  # Room for activations and a few layers' weights at a time, but not for all of them in float32.
+  assert compiled.memory_analysis().temp_size_in_bytes < block_weights * 4 / 2

@@ -1,0 +1,45 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from common.models.decoder import make_context
+from common.models.outliers import inject_outliers
+from common.quantization.calibration import block_inputs
+from tests.common.quantization.small_decoders import (
+  ARCHITECTURES,
+  logits,
+  random_decoder,
+  random_tokens,
+)
+
+
+def test_outputs_stay_and_activations_get_outliers():
+  model = random_decoder(ARCHITECTURES["llama"])
+  changed = inject_outliers(model, jax.random.key(0), fraction=0.1, gain=30.0)
+  tokens = jnp.asarray(random_tokens(model.config))
+  # The same products up to rounding, through gains of 30 and 1/30.
+  np.testing.assert_allclose(logits(changed, tokens), logits(model, tokens), atol=1e-4, rtol=1e-4)
+
+  positions = jnp.arange(tokens.shape[1])[None]
+  context, _ = make_context(model.config, positions, jnp.ones_like(positions))
+
+  def spread(model):
+    x = model.embed(tokens, jnp.broadcast_to(positions, tokens.shape))
+    channels = jnp.abs(block_inputs(model.blocks[0], x, context)["attention.q_proj"]).mean((0, 1))
+    return float(channels.max() / jnp.median(channels))
+
+  assert spread(changed) > 8 * spread(model)
+
+
+def test_every_norm_gets_its_own_channels():
+  model = random_decoder(ARCHITECTURES["llama"])
+  changed = inject_outliers(model, jax.random.key(0), fraction=0.1, gain=30.0)
+  raised = [
+    tuple(
+      np.flatnonzero(np.asarray(getattr(new, name).scale[...] / getattr(old, name).scale[...]) > 2)
+    )
+    for old, new in zip(model.blocks, changed.blocks)
+    for name in ("attention_norm", "mlp_norm")
+  ]
+  assert all(len(channels) == 3 for channels in raised)
+  assert len(set(raised)) > 1
