@@ -77,7 +77,7 @@ def compare(folder: pathlib.Path) -> Result:
     outputs = run_model(checkpoint.load_model(), checkpoint.family.model, reference)
     return Result(folder, architecture, difference(outputs, reference))
   except UserError as e:
-    return Result(folder, architecture, error=str(e))
+    return Result(folder, architecture, error=str(e).removeprefix(f"{folder}: "))
 
 
 def read_reference(path: pathlib.Path) -> dict:

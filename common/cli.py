@@ -12,7 +12,8 @@ Its `config.py` has `PRESETS`, a tuple of names with "default" among them, and
 without a value is `config_dict.placeholder(type)`, so that `--config.field=` knows its type. The
 docstring of `config.py` is part of `--help`. Its `experiment.py` has `run(config, workdir) ->
 Report`; it is imported by name once the command line is known to be right, so that `--help` and
-errors need not wait for JAX.
+errors need not wait for JAX. For `--compile_only=SLICE` a `compile_steps.py` beside it has
+`compile_steps(config, devices) -> list[Step]` (`common.compilation`).
 
 An app's `main(argv)` is run by `cli.run_app(main)`. What the user can mend (`UserError`, a bad
 flag) is one line on stderr and exit code 2; Ctrl-C is exit code 130; anything else keeps its
@@ -43,6 +44,7 @@ from ml_collections import ConfigDict, config_flags
 
 from common.errors import UserError
 from common.paths import cache_dir
+from common.training import distributed
 
 _HELP = ("-h", "--help")
 
@@ -52,6 +54,7 @@ def run(slug: str) -> NoReturn:
   config_file = pathlib.Path(importlib.util.find_spec(f"projects.{slug}.config").origin)
   root = config_file.parents[2]
   flags.DEFINE_string("workdir", None, f"folder of the results (default: runs/{slug}-PRESET)")
+  flags.DEFINE_string("compile_only", None, "TPU slice to compile the steps for, such as v5p:2x2x4")
   config_flag = preset = None
 
   def parse(argv: list[str]) -> list[str]:
@@ -77,11 +80,16 @@ def run(slug: str) -> NoReturn:
       raise UserError(f"unexpected argument {args[1]!r}; flags are --name=value, see --help")
     return args
 
-  def main(_) -> None:
+  def main(_) -> int | None:
     config = config_flag.value
+    if flags.FLAGS.compile_only is not None:
+      os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing runs: leave the accelerators alone.
+      prepare_jax()
+      return _compile_only(slug, config, flags.FLAGS.compile_only)
     workdir = pathlib.Path(flags.FLAGS.workdir or root / "runs" / f"{slug}-{preset}").absolute()
     with writable_folder(workdir):
       prepare_jax()
+      distributed.initialize()
       experiment = importlib.import_module(f"projects.{slug}.experiment")
       from common.reporting import report as reporting
 
@@ -96,6 +104,8 @@ def run(slug: str) -> NoReturn:
         environment=reporting.environment(),
         seconds=seconds,
       )
+      if not _is_first_process():
+        return
       reporting.write_report(report, workdir)
     reporting.print_report(report)
     print(f"written to {workdir}")
@@ -197,6 +207,7 @@ def prepare_jax() -> None:
       "TPU_ACCELERATOR_TYPE": "v5litepod-4",
       "TPU_WORKER_HOSTNAMES": "localhost",
       "TPU_SKIP_MDS_QUERY": "1",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # It is used as a compiler only.
     }
     if not _any_device("nvidia*", "kfd", "dxg"):  # NVIDIA, AMD, and GPUs under WSL.
       quiet["JAX_PLATFORMS"] = "cpu"
@@ -233,6 +244,23 @@ def closest(name: str, options: Iterable[str]) -> str:
   known = {option.rsplit(".", 1)[-1]: option for option in options} | {o: o for o in options}
   near = list(dict.fromkeys(known[k] for k in difflib.get_close_matches(name, known)))
   return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(options)}"
+
+
+def _is_first_process() -> bool:
+  import jax
+
+  return jax.process_index() == 0
+
+
+def _compile_only(slug: str, config: ConfigDict, topology: str) -> int:
+  """Compiles the paper's steps for a TPU slice; the exit code says whether they fit."""
+  name = f"projects.{slug}.compile_steps"
+  if importlib.util.find_spec(name) is None:
+    raise UserError(f"{slug} has no steps to compile: there is no projects/{slug}/compile_steps.py")
+  from common.compilation.compile_only import compile_for
+
+  module = importlib.import_module(name)
+  return compile_for(topology, lambda devices: module.compile_steps(config, devices))
 
 
 def _any_device(*patterns: str) -> bool:
@@ -282,4 +310,5 @@ def _paper_help(slug: str, module: types.ModuleType, preset: str, config: Config
   lines += [f"fields, with their values in {preset!r}:"]
   lines += [f"  --config.{name}={value}" for name, value in _fields(config).items()]
   lines += [f"results go to --workdir (default: runs/{slug}-PRESET in the checkout)"]
+  lines += ["--compile_only=v5p:2x2x4 only compiles the steps for a TPU slice: do they fit?"]
   return "\n".join(lines)

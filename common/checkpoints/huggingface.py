@@ -103,12 +103,12 @@ class Checkpoint:
     Raises:
       UserError: the checkpoint is of another kind of model.
     """
-    self._check_decoder()
+    self.require_decoder()
     return self._load(lambda rngs: _outer(self.config, rngs), (), dtype)
 
   def load_block(self, index: int, dtype=jnp.float32) -> Block:
     """A decoder's block `index`; its quantized linears, if any, as `QuantizedLinear`."""
-    self._check_decoder()
+    self.require_decoder()
     full = index in self.config.full_attention_layers
     return self._load(lambda rngs: Block(self.config, rngs, full), ("blocks", index), dtype)
 
@@ -145,9 +145,12 @@ class Checkpoint:
       autoawq.attach(module, self, {".".join(map(str, p)): s for p, s in quantized.items()})
     return module
 
-  def _check_decoder(self) -> None:
+  def require_decoder(self) -> None:
+    """Raises a UserError if this is another kind of model."""
     if self.family.model is not Decoder:
-      raise UserError(f"{self.path} is a {self.family.model.__name__}; expected a decoder")
+      raise UserError(
+        f"{self.path} is of the kind {self.family.model.__name__}; expected a decoder"
+      )
 
   def _resolve_ties(self, config):
     """Believes the tensors where config.json is wrong about tied embeddings."""
@@ -298,7 +301,7 @@ class CheckpointWriter:
 def load_decoder(path: str | os.PathLike, dtype=jnp.float32) -> Decoder:
   """Loads a decoder with all its weights. See `Checkpoint` for the errors."""
   checkpoint = Checkpoint(path)
-  checkpoint._check_decoder()
+  checkpoint.require_decoder()
   return checkpoint.load_model(dtype)
 
 

@@ -20,7 +20,7 @@ from common.models.surgery import get_module, replace_module
 from common.quantization.equivalent import ScaledActivation
 from common.quantization.linear import QuantizedLinear
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
-from kernels.quantized_matmul.packing import unpack
+from kernels.quantized_matmul.packing import PLANE_ROWS, packed_dtype, unpack
 
 if TYPE_CHECKING:
   from common.checkpoints.huggingface import Checkpoint
@@ -34,10 +34,10 @@ def quantization_config(format: IntegerFormat) -> dict[str, Any]:
   Raises:
     UserError: the layout cannot hold the format.
   """
-  if format.axis != 0 or format.symmetric:
+  if format.axis != 0 or format.symmetric or format.scale_dtype != jnp.float16:
     raise UserError(
-      "the AutoAWQ layout holds asymmetric weights grouped along the input (axis=0, "
-      f"symmetric=False), not {format}"
+      "the AutoAWQ layout holds asymmetric weights grouped along the input with float16 scales "
+      f"(axis=0, symmetric=False, scale_dtype=float16), not {format}"
     )
   return {
     "quant_method": "awq",
@@ -91,13 +91,9 @@ def attach(module: nnx.Module, checkpoint: "Checkpoint", stems: Mapping[str, str
   for path, stem in stems.items():
     names = [f"{stem}.{part}" for part in ("qweight", "qzeros", "scales")]
     tensors = checkpoint.read(names)
-    weight = _decode(*(tensors[n] for n in names), format, stem)
     layer = get_module(module, path)
-    if weight.shape != (layer.in_features, layer.out_features):
-      raise UserError(
-        f"{checkpoint.path}: {stem} gives a weight {weight.shape}, config.json asks for "
-        f"{(layer.in_features, layer.out_features)}"
-      )
+    shape = (layer.in_features, layer.out_features)
+    weight = _decode(*(tensors[n] for n in names), format, shape, f"{checkpoint.path}: {stem}")
     bias = None if layer.bias is None else layer.bias[...]
     replace_module(module, path, QuantizedLinear(weight, bias))
 
@@ -115,6 +111,9 @@ def read_format(config: Mapping[str, Any] | None) -> IntegerFormat:
       f"quantized checkpoint of method {method!r}, version {version!r} is not supported; "
       "supported: awq with version gemm and zero points"
     )
+  missing = [key for key in ("bits", "group_size") if not isinstance(config.get(key), int)]
+  if missing:
+    raise UserError(f"quantization_config lacks the integer {' and '.join(missing)}")
   return IntegerFormat(config["bits"], config["group_size"], scale_dtype=jnp.float16)
 
 
@@ -171,30 +170,35 @@ def _encode(weight: QuantizedArray) -> dict[str, np.ndarray]:
 
 
 def _decode(
-  qweight: np.ndarray, qzeros: np.ndarray, scales: np.ndarray, format: IntegerFormat, name: str
+  qweight: np.ndarray,
+  qzeros: np.ndarray,
+  scales: np.ndarray,
+  format: IntegerFormat,
+  shape: tuple[int, int],
+  name: str,
 ) -> QuantizedArray:
-  for tensor, dtypes in ((qweight, ("int32",)), (qzeros, ("int32",)), (scales, ("float16",))):
-    if str(tensor.dtype) not in dtypes or tensor.ndim != 2:
-      raise UserError(f"{name}: packed tensors must be 2-D int32 and float16, got {tensor.dtype}")
-  groups, columns = scales.shape
-  bits = format.bits
-  rows = groups * format.group_size if format.group_size > 0 else None
+  """The weight [in, out] = `shape`; `name` says in errors what is decoded."""
+  (rows, columns), bits = shape, format.bits
+  groups, _ = format.num_groups(shape)
+  zero_bits = 8 if bits == 3 else bits
+  expected = {
+    "qweight": (qweight, "int32", (rows, columns * bits // 32)),
+    "qzeros": (qzeros, "int32", (groups, columns * zero_bits // 32)),
+    "scales": (scales, "float16", (groups, columns)),
+  }
   if bits == 3:
-    planes = qweight.view(np.uint32).reshape(-1, 3, columns)
-    rows = rows or planes.shape[0] * 32
-    values, zeros = jnp.asarray(planes), _from_words(qzeros, 8)
-    native = jnp.uint8
+    expected["qweight"] = (qweight, "int32", (-(-rows // PLANE_ROWS) * 3, columns))
+  for part, (tensor, dtype, wanted) in expected.items():
+    if str(tensor.dtype) != dtype or tensor.shape != wanted:
+      raise UserError(
+        f"{name}.{part} is {tensor.dtype} {list(tensor.shape)}; a weight {list(shape)} at {bits} "
+        f"bits with group_size {format.group_size} takes {dtype} {list(wanted)}"
+      )
+  if bits == 3:
+    values = jnp.asarray(qweight.view(np.uint32).reshape(-1, 3, columns))
+    zeros = jnp.asarray(_from_words(qzeros, 8))
   else:
-    rows = rows or qweight.shape[0]
-    native = {2: jnp.uint2, 4: jnp.uint4, 8: jnp.uint8}[bits]
+    native = packed_dtype(bits, signed=False)
     values = jnp.asarray(_from_words(qweight, bits)).astype(native)
-    zeros = _from_words(qzeros, bits)
-  expected = (-(-rows // 32), 3, columns) if bits == 3 else (rows, columns)
-  if values.shape != expected or zeros.shape != scales.shape:
-    raise UserError(
-      f"{name}: qweight {qweight.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not "
-      f"belong together at {bits} bits, group_size {format.group_size}"
-    )
-  return QuantizedArray(
-    values, jnp.asarray(scales), jnp.asarray(zeros).astype(native), format, (rows, columns)
-  )
+    zeros = jnp.asarray(_from_words(qzeros, bits)).astype(native)
+  return QuantizedArray(values, jnp.asarray(scales), zeros, format, shape)

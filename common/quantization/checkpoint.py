@@ -12,6 +12,7 @@ from common.models.decoder import Block, DecoderConfig
 from common.models.surgery import get_module, linear_paths
 from common.quantization import autoawq
 from common.quantization.calibration import QuantizeBlock, quantize_blocks
+from common.quantization.linear import quantized_weights
 from common.quantization.quantized_array import IntegerFormat
 
 
@@ -42,9 +43,11 @@ def quantize_checkpoint(
     track: wraps the stream of quantized blocks, to show progress.
 
   Raises:
-    UserError: `source` is quantized already, `out` exists or cannot be written, or the layout
-      cannot hold the format.
+    UserError: `source` is not a decoder or is quantized already, `out` exists or cannot be
+      written, or the layout cannot hold the format or the model.
+    ValueError: `quantize_block` packs weights in another format.
   """
+  source.require_decoder()
   if source.quantization:
     raise UserError(f"{source.path} is quantized already; start from the full-precision checkpoint")
   check_format(source.config, format)
@@ -56,6 +59,9 @@ def quantize_checkpoint(
     blocks = (source.load_block(i) for i in range(source.config.num_layers))
     quantized = quantize_blocks(outer, blocks, tokens, quantize_block, stream=stream)
     for i, block in enumerate(track(quantized)):
+      for path, weight in quantized_weights(block).items():
+        if weight.format != format:
+          raise ValueError(f"block {i}: {path} was given {weight.format}, not {format}")
       writer.add(autoawq.to_tensors(block, source.config, ("blocks", i)))
       writer.flush()
 

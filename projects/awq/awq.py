@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.errors import UserError
 from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig
 from common.models.surgery import get_module
 from common.quantization import rtn
@@ -44,6 +45,9 @@ class AWQSettings:
     clip_grid: the range shrinks in steps of 1/n.
     max_shrink: the most that the range shrinks, as a fraction.
     clip_tokens: about how many tokens the clip search looks at (a stride through all of them).
+
+  Raises:
+    UserError: the format is not grouped along the input, or the statistic is unknown.
   """
 
   format: IntegerFormat
@@ -55,6 +59,12 @@ class AWQSettings:
   clip_grid: int = 20
   max_shrink: float = 0.5
   clip_tokens: int = 512
+
+  def __post_init__(self):
+    if self.format.axis != 0:
+      raise UserError(f"AWQ takes formats grouped along the input (axis=0), not {self.format}")
+    if self.scale_stat not in ("mean", "max"):
+      raise UserError(f"scale_stat={self.scale_stat!r} is not supported; supported: mean, max")
 
 
 @dataclasses.dataclass
@@ -177,7 +187,9 @@ def search_block(
   if settings.auto_scale or settings.fixed_ratio is not None:
     for group in groups:
       features = inputs[group.linears[0]]
-      scales[group.previous] = _search_scale(graphdef, state, features, context, group, settings)[0]
+      scales[group.previous] = search_group_scale(
+        graphdef, state, features, context, group, settings
+      )[0]
   clips = {}
   if settings.mse_range:
     scaled = apply_search(block, BlockSearch(scales, {}), config)
@@ -194,14 +206,32 @@ def search_block(
 
 
 def apply_search(block: Block, search: BlockSearch, config: DecoderConfig) -> Block:
-  """A copy of the block with scales folded in and weights clamped; still in full precision."""
+  """A copy of the block with scales folded in and weights clamped; still in full precision.
+
+  Raises:
+    UserError: the search result is another model's.
+  """
   block = nnx.clone(block)
-  for group in scaling_groups(config):
+  groups = scaling_groups(config)
+  _check_fits(block, search, groups)
+  for group in groups:
     if group.previous in search.scales:
       fold_scale(block, group, search.scales[group.previous])
   kernels = get_kernels(block, list(search.clips))
   set_kernels(block, {path: clamp(w, search.clips[path]) for path, w in kernels.items()})
   return block
+
+
+def _check_fits(block: Block, search: BlockSearch, groups: list[ScalingGroup]) -> None:
+  kernels = get_kernels(block)
+  inputs = {g.previous: (kernels[g.linears[0]].shape[0],) for g in groups}
+  for name, scale in search.scales.items():
+    if inputs.get(name) != scale.shape:
+      raise UserError(f"the search result's scale of {name}, {scale.shape}, is not of this model")
+  for path, limit in search.clips.items():
+    rows, columns = kernels[path].shape if path in kernels else (0, 0)
+    if limit.ndim != 2 or not limit.size or limit.shape[1] != columns or rows % limit.shape[0]:
+      raise UserError(f"the search result's clip of {path}, {limit.shape}, is not of this model")
 
 
 def clamp(w: Array, limit: Array) -> Array:
@@ -233,7 +263,10 @@ def apply_to_model(model: Decoder, searches: list[BlockSearch], format: IntegerF
   """A copy of a full-precision model with the search results applied and every linear packed."""
   quantized = nnx.clone(model)
   quantized.blocks = nnx.List(
-    [quantize_block(b, s, model.config, format) for b, s in zip(model.blocks, searches)]
+    [
+      quantize_block(b, s, model.config, format)
+      for b, s in zip(model.blocks, searches, strict=True)
+    ]
   )
   return quantized
 
@@ -269,7 +302,13 @@ def _product(a: Array, b: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def _search_scale(graphdef, state, x, context, group: ScalingGroup, settings: AWQSettings):
+def search_group_scale(graphdef, state, x, context, group: ScalingGroup, settings: AWQSettings):
+  """`search_scale` of one group of a block that is split into `graphdef` and `state`.
+
+  Args:
+    x: the inputs of the group's linears, [samples, seq, in].
+    context: of one row; it serves every sample.
+  """
   s_x = activation_statistic(x, settings.scale_stat)
   if settings.fixed_ratio is not None:
     return channel_scale(s_x, settings.fixed_ratio), None

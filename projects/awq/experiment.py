@@ -4,51 +4,37 @@ import collections
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
-from common.data.pipelines import calibration_samples, token_windows
 from common.decoding.generation import generate
 from common.evaluation.multiple_choice import choice_accuracy, continuation_questions
-from common.evaluation.perplexity import WindowLosses, paired_difference, window_losses
+from common.evaluation.perplexity import WindowLosses, paired_difference
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
 from common.models.outliers import inject_outliers
-from common.quantization.calibration import (
-  gptq_block,
-  quantize_model,
-  rtn_block,
-  smoothquant_block,
-)
+from common.quantization.calibration import quantize_model
 from common.quantization.linear import bits_per_weight
-from common.quantization.quantized_array import IntegerFormat
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.awq import salient, search_result
-from projects.awq.awq import AWQSettings, apply_to_model, search_model
-
-Array = jax.Array
-
-
-class Evaluation(NamedTuple):
-  """The evaluation text: windows of every domain, {domain: int32 [windows, seq]}."""
-
-  windows: dict[str, np.ndarray]
-
-  def losses(self, model: Decoder) -> WindowLosses:
-    """Losses on all domains together."""
-    return window_losses(model, np.concatenate(list(self.windows.values())))
-
-  def losses_by_domain(self, model: Decoder) -> dict[str, WindowLosses]:
-    return {domain: window_losses(model, w) for domain, w in self.windows.items()}
+from projects.awq.awq import apply_to_model, search_model
+from projects.awq.methods import (
+  awq,
+  awq_settings,
+  calibration,
+  gptq,
+  integer_format,
+  load_evaluation,
+  mixed_calibration,
+  quantize_all,
+  rtn,
+)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
@@ -78,92 +64,6 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   return report
 
 
-def integer_format(config: ConfigDict, bits: int) -> IntegerFormat:
-  """The weights' format; scales are stored, and evaluated, in float16."""
-  return IntegerFormat(bits, config.group_size, scale_dtype=jnp.float16)
-
-
-def awq_settings(config: ConfigDict, format: IntegerFormat, **changes) -> AWQSettings:
-  return AWQSettings(
-    format=format,
-    scale_grid=config.scale_grid,
-    clip_grid=config.clip_grid,
-    max_shrink=config.max_shrink,
-    scale_stat=config.scale_stat,
-    **changes,
-  )
-
-
-def load_evaluation(config: ConfigDict, base: BaseModel) -> Evaluation:
-  windows = {}
-  for domain in config.domains:
-    all_windows = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length)
-    # Evenly spaced over the split, so that a few windows still come from many documents.
-    count = len(all_windows.tokens)
-    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
-    windows[domain] = all_windows.tokens[kept]
-  return Evaluation(windows)
-
-
-def mixed_calibration(config: ConfigDict, base: BaseModel, seed: int) -> Array:
-  """A draw from all domains together, int32 [samples, seq]."""
-  return calibration(config, base, ",".join(config.domains), config.calibration_samples, seed)
-
-
-def calibration(config, base: BaseModel, source: str, count: int, seed: int) -> Array:
-  samples = calibration_samples(
-    source,
-    base.tokenizer,
-    num_samples=count,
-    seq_len=config.calibration_length,
-    seed=seed,
-  )
-  return jnp.asarray(samples)
-
-
-def rtn(model: Decoder, format: IntegerFormat) -> Decoder:
-  quantized = nnx.clone(model)
-  quantized.blocks = nnx.List([rtn_block(block, format) for block in model.blocks])
-  return quantized
-
-
-def gptq(model: Decoder, tokens: Array, format: IntegerFormat, act_order=False) -> Decoder:
-  block = lambda i, block, x, context: gptq_block(block, x, context, format, act_order=act_order)
-  return quantize_model(model, tokens, block, stream="quantized")
-
-
-def smoothquant(model: Decoder, tokens: Array, format: IntegerFormat) -> Decoder:
-  block = lambda i, block, x, context: smoothquant_block(block, x, context, model.config, format)
-  return quantize_model(model, tokens, block, stream="full_precision")
-
-
-def awq(model: Decoder, tokens: Array, settings: AWQSettings) -> Decoder:
-  return apply_to_model(model, search_model(model, tokens, settings), settings.format)
-
-
-def quantize_all(
-  config, model: Decoder, tokens: Array, format: IntegerFormat, ablations: bool
-) -> Iterator[tuple[str, Decoder, float]]:
-  """Yields (method, quantized model, seconds) of the main table for one calibration draw."""
-
-  def timed(name, quantize):
-    start = time.perf_counter()
-    quantized = jax.block_until_ready(quantize())
-    return name, quantized, time.perf_counter() - start
-
-  settings = functools.partial(awq_settings, config, format)
-  yield timed("RTN", lambda: rtn(model, format))
-  yield timed("GPTQ", lambda: gptq(model, tokens, format))
-  if ablations:
-    yield timed("GPTQ act-order", lambda: gptq(model, tokens, format, act_order=True))
-    yield timed("SmoothQuant", lambda: smoothquant(model, tokens, format))
-    fixed = settings(fixed_ratio=0.5, mse_range=False)
-    yield timed("AWQ r=0.5, no clip", lambda: awq(model, tokens, fixed))
-    scales_only = settings(mse_range=False)
-    yield timed("AWQ, no clip", lambda: awq(model, tokens, scales_only))
-  yield timed("AWQ", lambda: awq(model, tokens, settings()))
-
-
 def compare_methods(
   variant: str, model: Decoder, config, evaluation, draws, format, workdir, report: Report
 ) -> None:
@@ -172,23 +72,26 @@ def compare_methods(
   rows, nll = [["full precision", None, full.perplexity, None, None, 32.0, None]], {}
   for bits in (config.bits, *config.other_bits):
     main = bits == config.bits
-    results = collections.defaultdict(list)
-    for tokens in list(draws.values())[: None if main else 1]:
-      of_width = integer_format(config, bits)
+    of_width = integer_format(config, bits)
+    start = time.perf_counter()
+    rounded = jax.block_until_ready(rtn(model, of_width))
+    seconds = time.perf_counter() - start
+    reference = evaluation.losses(rounded)
+    stored = bits_per_weight(rounded.blocks)
+    # Rounding to nearest does not look at the calibration set: one draw is all draws.
+    used = list(draws.values())[: None if main else 1]
+    results = collections.defaultdict(list, {"RTN": [(reference, seconds)] * len(used)})
+    for tokens in used:
       for name, quantized, seconds in quantize_all(config, model, tokens, of_width, main):
-        results[name].append(
-          (evaluation.losses(quantized), bits_per_weight(quantized.blocks), seconds)
-        )
-    reference = results["RTN"][0][0]
+        results[name].append((evaluation.losses(quantized), seconds))
     for name, values in results.items():
-      losses, stored, seconds = zip(*values)
+      losses, seconds = zip(*values)
       perplexities = [loss.perplexity for loss in losses]
       change = np.mean([paired_difference(loss, reference).mean for loss in losses])
-      # Rounding to nearest does not look at the calibration set.
       spread = float(np.std(perplexities, ddof=1)) if main and name != "RTN" else None
       rows.append(
         [name, f"INT{bits}", float(np.mean(perplexities)), spread]
-        + [None if name == "RTN" else float(change), stored[0], min(seconds)]
+        + [None if name == "RTN" else float(change), stored, min(seconds)]
       )
       if main:
         nll[name] = losses
@@ -307,8 +210,10 @@ def salient_channels(
   middle = sorted(config.salient_fractions)[len(config.salient_fractions) // 2]
   for fraction in config.salient_fractions:
     for criterion in ("activation", "weight", "random"):
-      # All draws at the fraction that the claim is about, one at the others.
-      used = list(draws.items())[: None if fraction == middle else 1]
+      # All draws at the fraction that the claim is about, one at the others; the norm of the weights
+      # does not depend on the draw.
+      every = fraction == middle and criterion != "weight"
+      used = list(draws.items())[: None if every else 1]
       losses = [keep(tokens, seed, fraction, criterion) for seed, tokens in used]
       shares = [gap_closed(loss, rounded, full) for loss in losses]
       if fraction == middle:
@@ -322,7 +227,7 @@ def salient_channels(
       ["kept in full precision", *shown],
       rows,
       note=(
-        f"At {middle:.1%}: mean of {len(draws)} draws. At least one channel per linear is kept, so "
+        f"At {middle:.1%}: mean of {len(draws)} draws (weight: no draw). At least one channel per linear is kept, so "
         "0.1 % of a small layer is one channel."
       ),
     )

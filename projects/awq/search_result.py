@@ -47,10 +47,9 @@ def load(path: str | os.PathLike) -> tuple[list[BlockSearch], AWQSettings]:
         _, index, kind, name = key.split(".", 3)
         search = searches[int(index)]
         {"scale": search.scales, "clip": search.clips}[kind][name] = jnp.asarray(f.get_tensor(key))
+    settings["format"] = IntegerFormat(**settings["format"])
+    return searches, AWQSettings(**settings)
   except FileNotFoundError:
     raise UserError(f"AWQ search result {path} does not exist") from None
-  except (safetensors.SafetensorError, KeyError, ValueError, IndexError) as e:
+  except (safetensors.SafetensorError, OSError, LookupError, ValueError, TypeError) as e:
     raise UserError(f"{path} is not an AWQ search result: {e!r}") from None
-  format = settings.pop("format")
-  format["scale_dtype"] = jnp.dtype(format["scale_dtype"])
-  return searches, AWQSettings(format=IntegerFormat(**format), **settings)

@@ -3,6 +3,7 @@ import pathlib
 import shutil
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -28,6 +29,14 @@ CHECKPOINTS = {
   "gpt2_base": "GPT2Model",
   "qwen2_mixed_windows": "Qwen2ForCausalLM",
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+  """These programs run once: to compile them takes far longer than to run them."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -1,0 +1,125 @@
+"""What is compared, and on what: the methods, the calibration draws and the evaluation text."""
+
+import functools
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from common.data.pipelines import calibration_samples, token_windows
+from common.evaluation.perplexity import WindowLosses, window_losses
+from common.models.base import BaseModel
+from common.models.decoder import Decoder
+from common.quantization.calibration import (
+  gptq_block,
+  quantize_model,
+  rtn_block,
+  smoothquant_block,
+)
+from common.quantization.quantized_array import IntegerFormat
+from projects.awq.awq import AWQSettings, apply_to_model, search_model
+
+Array = jax.Array
+
+
+class Evaluation(NamedTuple):
+  """The evaluation text: windows of every domain, {domain: int32 [windows, seq]}."""
+
+  windows: dict[str, np.ndarray]
+
+  def losses(self, model: Decoder) -> WindowLosses:
+    """Losses on all domains together."""
+    return window_losses(model, np.concatenate(list(self.windows.values())))
+
+  def losses_by_domain(self, model: Decoder) -> dict[str, WindowLosses]:
+    return {domain: window_losses(model, w) for domain, w in self.windows.items()}
+
+
+def integer_format(config: ConfigDict, bits: int) -> IntegerFormat:
+  """The weights' format; scales are stored, and evaluated, in float16."""
+  return IntegerFormat(bits, config.group_size, scale_dtype=jnp.float16)
+
+
+def awq_settings(config: ConfigDict, format: IntegerFormat, **changes) -> AWQSettings:
+  return AWQSettings(
+    format=format,
+    scale_grid=config.scale_grid,
+    clip_grid=config.clip_grid,
+    max_shrink=config.max_shrink,
+    scale_stat=config.scale_stat,
+    **changes,
+  )
+
+
+def load_evaluation(config: ConfigDict, base: BaseModel) -> Evaluation:
+  windows = {}
+  for domain in config.domains:
+    all_windows = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length)
+    # Evenly spaced over the split, so that a few windows still come from many documents.
+    count = len(all_windows.tokens)
+    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
+    windows[domain] = all_windows.tokens[kept]
+  return Evaluation(windows)
+
+
+def mixed_calibration(config: ConfigDict, base: BaseModel, seed: int) -> Array:
+  """A draw from all domains together, int32 [samples, seq]."""
+  return calibration(config, base, ",".join(config.domains), config.calibration_samples, seed)
+
+
+def calibration(config, base: BaseModel, source: str, count: int, seed: int) -> Array:
+  samples = calibration_samples(
+    source,
+    base.tokenizer,
+    num_samples=count,
+    seq_len=config.calibration_length,
+    seed=seed,
+  )
+  return jnp.asarray(samples)
+
+
+def rtn(model: Decoder, format: IntegerFormat) -> Decoder:
+  quantized = nnx.clone(model)
+  quantized.blocks = nnx.List([rtn_block(block, format) for block in model.blocks])
+  return quantized
+
+
+def gptq(model: Decoder, tokens: Array, format: IntegerFormat, act_order=False) -> Decoder:
+  block = lambda i, block, x, context: gptq_block(block, x, context, format, act_order=act_order)
+  return quantize_model(model, tokens, block, stream="quantized")
+
+
+def smoothquant(model: Decoder, tokens: Array, format: IntegerFormat) -> Decoder:
+  block = lambda i, block, x, context: smoothquant_block(block, x, context, model.config, format)
+  return quantize_model(model, tokens, block, stream="full_precision")
+
+
+def awq(model: Decoder, tokens: Array, settings: AWQSettings) -> Decoder:
+  return apply_to_model(model, search_model(model, tokens, settings), settings.format)
+
+
+def quantize_all(
+  config, model: Decoder, tokens: Array, format: IntegerFormat, ablations: bool
+) -> Iterator[tuple[str, Decoder, float]]:
+  """Yields (method, quantized model, seconds) of the main table for one calibration draw."""
+
+  def timed(name, quantize):
+    start = time.perf_counter()
+    quantized = jax.block_until_ready(quantize())
+    return name, quantized, time.perf_counter() - start
+
+  settings = functools.partial(awq_settings, config, format)
+  yield timed("GPTQ", lambda: gptq(model, tokens, format))
+  if ablations:
+    yield timed("GPTQ act-order", lambda: gptq(model, tokens, format, act_order=True))
+    yield timed("SmoothQuant", lambda: smoothquant(model, tokens, format))
+    fixed = settings(fixed_ratio=0.5, mse_range=False)
+    yield timed("AWQ r=0.5, no clip", lambda: awq(model, tokens, fixed))
+    scales_only = settings(mse_range=False)
+    yield timed("AWQ, no clip", lambda: awq(model, tokens, scales_only))
+  yield timed("AWQ", lambda: awq(model, tokens, settings()))
