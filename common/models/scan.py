@@ -22,6 +22,8 @@ from common.models.sharding import constrain
 Array = jax.Array
 PyTree = Any
 
+_DIFFERENT = "only blocks that are all alike can be stacked; run them one after the other"
+
 
 @dataclasses.dataclass(frozen=True)
 class ScannedDecoder:
@@ -110,7 +112,7 @@ def stack(model: Decoder, *, remat: bool = True) -> tuple[ScannedDecoder, PyTree
   """
   blocks = [nnx.split(block) for block in model.blocks]
   if any(graph != blocks[0][0] for graph, _ in blocks):
-    raise ValueError("only blocks that are all alike can be stacked; run them one after the other")
+    raise ValueError(_DIFFERENT)
   states = [nnx.to_pure_dict(state) for _, state in blocks]
   stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
   outer, params = _split_outer(model)
@@ -141,7 +143,12 @@ def abstract_stack(
     dtype: of the floating-point parameters.
     edit_block: what becomes of each block, such as packing its linears.
     remat: see `ScannedDecoder`.
+
+  Raises:
+    ValueError: the blocks are not all alike.
   """
+  if 0 < len(config.full_attention_layers) < config.num_layers:
+    raise ValueError(_DIFFERENT)
 
   def make() -> Decoder:
     model = Decoder(dataclasses.replace(config, num_layers=1), rngs=nnx.Rngs(0))

@@ -157,7 +157,9 @@ def test_indivisible_dimension_names_parameter_dimension_and_axis():
   params = abstract_params(
     lambda rngs: Decoder(dataclasses.replace(CONFIG, vocab_size=63), rngs=rngs)
   )
-  with pytest.raises(UserError, match=r"tensor=2 does not divide dimension 0 \(vocab\) of embed_tok"):
+  with pytest.raises(
+    UserError, match=r"tensor=2 does not divide dimension 0 \(vocab\) of embed_tok"
+  ):
     shardings(params, MESH)
   whole = shardings(params, MESH, rules=RULES | {"vocab": ()})
   assert whole["embed_tokens"]["embedding"].spec == PartitionSpec(None, ("fsdp",))
