@@ -51,6 +51,7 @@ def get_config(preset: str = "default") -> ConfigDict:
   if preset == "tiny":
     config.model = "lm-tiny"
     config.other_bits = ()
+    config.outlier_variant = False
     config.calibration_samples = 8
     config.calibration_length = 64
     config.seeds = (0, 1)

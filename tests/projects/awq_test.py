@@ -196,7 +196,7 @@ def test_salient_channels():
 
 def test_tiny_run(tmp_path):
   report = experiment.run(config.get_config("tiny"), tmp_path)
-  assert len(report.claims) == 16
+  assert len(report.claims) == 8
   for figure in report.figures:
     assert (tmp_path / figure.path).stat().st_size > 0
   rows = {row[0]: row for row in report.tables[0].rows}
