@@ -83,8 +83,7 @@ def run(slug: str) -> NoReturn:
   def main(_) -> int | None:
     config = config_flag.value
     if flags.FLAGS.compile_only is not None:
-      os.environ["JAX_PLATFORMS"] = "cpu"  # Nothing runs: leave the accelerators alone.
-      prepare_jax()
+      prepare_jax(compile_only=True)
       return _compile_only(slug, config, flags.FLAGS.compile_only)
     workdir = pathlib.Path(flags.FLAGS.workdir or root / "runs" / f"{slug}-{preset}").absolute()
     with writable_folder(workdir):
@@ -185,11 +184,14 @@ def get_config(module: types.ModuleType, preset: str) -> ConfigDict:
     raise UserError(f"{module.__file__}, preset {preset!r}: {e}") from e
 
 
-def prepare_jax() -> None:
+def prepare_jax(*, compile_only: bool = False) -> None:
   """Sets the environment that JAX reads when imported; what the user has set stays.
 
   Without an accelerator JAX is told so, or an installed libtpu complains while it looks for one.
   Compiled programs are kept in the cache folder.
+
+  Args:
+    compile_only: nothing will run: the accelerators are left alone.
 
   Raises:
     UserError: the cache folder cannot be made.
@@ -211,6 +213,8 @@ def prepare_jax() -> None:
     }
     if not _any_device("nvidia*", "kfd", "dxg"):  # NVIDIA, AMD, and GPUs under WSL.
       quiet["JAX_PLATFORMS"] = "cpu"
+  if compile_only:
+    os.environ["JAX_PLATFORMS"] = "cpu"
   for name, value in quiet.items():
     os.environ.setdefault(name, value)
 

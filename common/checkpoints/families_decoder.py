@@ -57,7 +57,7 @@ def _write_rope(config: DecoderConfig) -> dict[str, Any]:
 def _read_llama(hf: dict[str, Any]) -> DecoderConfig:
   heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
   family = hf["model_type"]
-  window, full = hf.get("sliding_window"), ()
+  window, full = hf.get("sliding_window", 4096), ()  # Mistral's and Qwen2's default.
   if family == "llama" or (family == "qwen2" and not hf.get("use_sliding_window", False)):
     window = None
   if family == "qwen2" and window is not None:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -129,7 +130,14 @@ class Checkpoint:
         # Stands in for a kernel that is replaced by packed weights below.
         flat[path] = variable.replace(jnp.zeros((), dtype))
         continue
-      value = from_hf(self.family, path, tensors[names[path]], self.config)
+      stored = tensors[names[path]]
+      try:
+        value = from_hf(self.family, path, stored, self.config)
+      except ValueError:
+        raise UserError(
+          f"{self.path}: tensor {names[path]!r} of shape {stored.shape} cannot be split into q, k "
+          f"and v of {self.config.num_heads} heads"
+        ) from None
       if value.shape != variable.shape:
         raise UserError(
           f"{self.path}: tensor {names[path]!r} gives shape {value.shape}, "
@@ -218,7 +226,7 @@ class CheckpointWriter:
     overwrite: replace `path` if it exists.
 
   Raises:
-    UserError: `path` exists (without `overwrite`) or cannot be written.
+    UserError: `path` exists (without `overwrite`, or without a config.json) or cannot be written.
   """
 
   def __init__(
@@ -235,7 +243,8 @@ class CheckpointWriter:
     self.tokenizer_from = tokenizer_from
     self.max_shard_bytes = max_shard_bytes
     self.overwrite = overwrite
-    self._partial = self.path.with_name(f".{self.path.name}.incomplete-{os.getpid()}")
+    # A random name: in containers a process that was killed often had the same id.
+    self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
     self._pending: dict[str, np.ndarray] = {}
     self._shards: list[list[str]] = []
     self._total_bytes = 0
@@ -243,6 +252,8 @@ class CheckpointWriter:
   def __enter__(self):
     if self.path.exists() and not self.overwrite:
       raise UserError(f"{self.path} exists; choose another directory or ask to overwrite it")
+    if self.path.exists() and not (self.path / "config.json").is_file():
+      raise UserError(f"{self.path} is not a checkpoint directory and is not overwritten")
     try:
       self._partial.mkdir(parents=True)
     except OSError as e:
@@ -250,11 +261,12 @@ class CheckpointWriter:
     return self
 
   def __exit__(self, error_type, *_):
-    if error_type is not None:
+    try:
+      if error_type is None:
+        self._flush()
+        self._finish()
+    finally:
       shutil.rmtree(self._partial, ignore_errors=True)
-      return
-    self._flush()
-    self._finish()
 
   def add(self, tensors: Mapping[str, np.ndarray]) -> None:
     """Adds tensors; writes a shard when enough have come."""
@@ -294,8 +306,13 @@ class CheckpointWriter:
         if (source := pathlib.Path(self.tokenizer_from) / name).is_file():
           shutil.copyfile(source, self._partial / name)
     if self.overwrite and self.path.exists():
-      shutil.rmtree(self.path)
-    os.rename(self._partial, self.path)
+      # The old one goes only when the new one is there.
+      old = self._partial.with_suffix(".old")
+      os.rename(self.path, old)
+      os.rename(self._partial, self.path)
+      shutil.rmtree(old)
+    else:
+      os.rename(self._partial, self.path)
 
 
 def load_decoder(path: str | os.PathLike, dtype=jnp.float32) -> Decoder:
@@ -306,11 +323,23 @@ def load_decoder(path: str | os.PathLike, dtype=jnp.float32) -> Decoder:
 
 
 def save_model(model: nnx.Module, path: str | os.PathLike, **writer_options) -> None:
-  """Writes a model as a Hugging Face directory (`CheckpointWriter`'s options apply)."""
+  """Writes a model as a Hugging Face directory (`CheckpointWriter`'s options apply).
+
+  Raises:
+    ValueError: the family's layout cannot hold the model: it has packed or added layers, or options
+      that config.json of the family has no keys for.
+  """
+  family = FAMILIES[model.config.family]
   tensors = to_hf(model, model.config)
   config = hf_config(model.config, str(next(iter(tensors.values())).dtype))
+  state = nnx.state(abstract_model(model.config))
+  missing = {tensor_name(family, leaf) for leaf, _ in state.flat_state()} - tensors.keys()
+  if missing:
+    raise ValueError(f"the model has no plain tensors {_some(sorted(missing))}: it was changed")
+  if family.inspect(family.read(dict(config)), tensors) != model.config:
+    raise ValueError(f"config.json of {family.architecture} cannot describe {model.config}")
   with CheckpointWriter(path, config, **writer_options) as writer:
-    writer.add(bare_names(FAMILIES[model.config.family], config, tensors))
+    writer.add(bare_names(family, config, tensors))
 
 
 def hf_config(config: Any, dtype: str = "float32") -> dict[str, Any]:
@@ -371,7 +400,7 @@ def _tensor_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
     try:
       weight_map = json.loads(index.read_text())["weight_map"]
       names = {name: path / pathlib.PurePath(file).name for name, file in weight_map.items()}
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
       raise UserError(f"{index} is damaged: {e!r}") from None
     for file in sorted(set(names.values())):
       with _open(file) as f:
@@ -399,6 +428,8 @@ def _open(file: pathlib.Path):
     return safetensors.safe_open(file, framework="np")
   except FileNotFoundError:
     raise UserError(f"{file} is missing") from None
+  except OSError as e:
+    raise UserError(f"{file} cannot be read: {e}") from None
   except safetensors.SafetensorError as e:
     raise UserError(f"{file} is truncated or not a safetensors file: {e}") from None
 
@@ -438,11 +469,18 @@ def model_config(
     UserError: a key is missing, or has a value that is not supported.
   """
   try:
-    return family.inspect(family.read(dict(hf_config)), names)
+    config = family.inspect(family.read(dict(hf_config)), names)
   except KeyError as e:
     raise UserError(f"{path}/config.json lacks the key {e}") from None
   except UserError as e:
     raise UserError(f"{path}: {e}") from None
+  except (TypeError, ValueError, ZeroDivisionError, AttributeError) as e:
+    raise UserError(f"{path}/config.json has a value that does not fit: {e}") from None
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if field.type is int and (type(value) is not int or value < 0):
+      raise UserError(f"{path}/config.json gives {field.name}={value!r}, which is no size")
+  return config
 
 
 def abstract_model(config: Any) -> nnx.Module:

@@ -21,12 +21,19 @@ _LEAVES = {
 
 
 def tensor_name(family: Family, path: tuple) -> str:
-  """Hugging Face name of the parameter at `path`, such as ("blocks", 0, "mlp", ..., "kernel")."""
+  """Hugging Face name of the parameter at `path`, such as ("blocks", 0, "mlp", ..., "kernel").
+
+  Raises:
+    ValueError: the family has no such parameter.
+  """
   indices = [part for part in path if isinstance(part, int)]
   pattern = ["{}" if isinstance(part, int) else part for part in path]
   name = family.names.get(".".join(pattern))
   if name is None:
-    name = f"{family.names['.'.join(pattern[:-1])]}.{_LEAVES[pattern[-1]]}"
+    module, leaf = ".".join(pattern[:-1]), pattern[-1]
+    if module not in family.names or leaf not in _LEAVES:
+      raise ValueError(f"{family.architecture} has no place for {'.'.join(map(str, path))}")
+    name = f"{family.names[module]}.{_LEAVES[leaf]}"
   return name.format(*indices)
 
 

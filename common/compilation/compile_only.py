@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +70,8 @@ class CompiledStep:
 
 def compile_step(step: Step) -> CompiledStep:
   """Compiles a step for the devices that its arguments are placed on.
+
+  The cost counts the bodies of loops as often as they run, where the trip count is known.
 
   Raises:
     ValueError: no argument has a NamedSharding.
@@ -132,23 +135,23 @@ def compile_for(topology: str, compile_steps: Callable[[Sequence[jax.Device]], l
 
 def table(compiled: CompiledStep, tpu: Slice) -> Table:
   """What a person sees of a compiled step; numbers are per chip."""
-  result = Table("per chip", "", title=f"{compiled.name} on {tpu.name}", title_justify="left")
+  result = Table("per chip", f"{compiled.name} on {tpu.name}")
   if compiled.memory is None:
     result.add_row("memory", f"[red]does not fit:[/] {compiled.needs}")
     return result
   memory, chip = compiled.memory, tpu.chip
-  total = f"{memory.total / 2**30:.2f} of {chip.hbm_bytes / 2**30:.0f} GiB"
+  total = f"{memory.total / 2**30:.3g} of {chip.hbm_bytes / 2**30:.0f} GiB"
   parts = ("arguments", "outputs", "temporaries")
   for part in parts:
-    result.add_row(part, f"{getattr(memory, part) / 2**30:.2f} GiB")
+    result.add_row(part, f"{getattr(memory, part) / 2**30:.3g} GiB")
   result.add_row("memory", total if compiled.fits(chip) else f"[red]does not fit:[/] {total}")
   program = compiled.cost
   result.add_section()
   result.add_row("FLOPs", f"{program.flops:.3g}")
-  result.add_row("HBM traffic", f"{program.hbm_bytes / 1e9:.3g} GB")
+  result.add_row("HBM traffic", _in_units(program.hbm_bytes))
   for kind, found in program.collectives.items():
-    sizes = f"{found.total_bytes / 1e6:,.1f} MB, the largest {found.largest_bytes / 1e6:,.1f} MB"
-    result.add_row(kind, f"{found.count:,} x, together {sizes}")
+    sizes = f"together {_in_units(found.total_bytes)}, the largest {_in_units(found.largest_bytes)}"
+    result.add_row(kind, f"{found.count:,} x, {sizes}")
   if not program.collectives:
     result.add_row("collectives", "none")
   if program.unknown_loops:
@@ -161,6 +164,13 @@ def table(compiled: CompiledStep, tpu: Slice) -> Table:
   return result
 
 
+def _in_units(size: float) -> str:
+  unit, name = next(
+    (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= u or u == 1
+  )
+  return f"{size / unit:.3g} {name}"
+
+
 def _sizes(error: str) -> str:
   sizes = re.findall(r"\(([\d.]+[KMGT])\)", error.splitlines()[0])
   return " of ".join(sizes) if len(sizes) == 2 else error.splitlines()[0]
@@ -169,8 +179,10 @@ def _sizes(error: str) -> str:
 def _uncached(compile_it: Callable):
   """Compiles even what the cache has: only the compiler's run writes its text."""
   enabled = jax.config.jax_enable_compilation_cache
-  jax.config.update("jax_enable_compilation_cache", False)
   try:
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # Or JAX would not look at the setting again.
     return compile_it()
   finally:
     jax.config.update("jax_enable_compilation_cache", enabled)
+    compilation_cache.reset_cache()

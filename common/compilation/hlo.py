@@ -157,7 +157,8 @@ class _Reader:
     operands = sum(a.bytes for name in instruction.operands for a in computation[name].arrays)
     results = sum(a.bytes for a in instruction.arrays)
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-      results -= operands  # The result of a start is (operands, results, context).
+      # The result of a start is (operands, results, scalars of the transfer).
+      results = sum(a.bytes for a in instruction.arrays if a.dims) - operands
     if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"  # TPU: an all-reduce of which each device keeps a slice.
     size = operands if kind in ("reduce-scatter", "all-reduce") else results

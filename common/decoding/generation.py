@@ -69,7 +69,7 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   Raises:
     UserError: a prompt is empty.
   """
-  if not prompts or not all(len(p) for p in prompts):
+  if not len(prompts) or not all(len(p) for p in prompts):
     raise UserError("every prompt needs at least one token")
   length = -(-max(map(len, prompts)) // PROMPT_BUCKET) * PROMPT_BUCKET
   tokens = np.zeros((len(prompts), length), np.int32)
@@ -103,12 +103,13 @@ def generate(
     The new tokens of each row.
 
   Raises:
-    UserError: a prompt is empty, or the text would not fit into the model's positions.
+    UserError: a prompt is empty or has a token that the model lacks, `max_new_tokens` is not
+      positive, or the text would not fit into the model's positions.
   """
   sampling = sampling or Sampling()
   if sampling.temperature > 0 and key is None:
     raise ValueError("sampling with a temperature needs a key")
-  tokens, segment_ids = pad_left(prompts)
+  tokens, segment_ids = _checked(prompts, max_new_tokens, model.config.vocab_size)
   limit = model.config.max_position_embeddings
   longest = max(map(len, prompts)) + max_new_tokens
   if model.config.position == "learned" and longest > limit:
@@ -141,16 +142,30 @@ def generate_seq2seq(
     The tokens of each target, without the start and the end token.
 
   Raises:
-    UserError: a source is empty.
+    UserError: a source is empty or has a token that the model lacks, or `max_new_tokens` is not
+      positive.
   """
   sampling = sampling or Sampling()
   if sampling.temperature > 0 and key is None:
     raise ValueError("sampling with a temperature needs a key")
-  tokens, segment_ids = pad_left(sources)
+  tokens, segment_ids = _checked(sources, max_new_tokens, model.config.vocab_size)
   key = jax.random.key(0) if key is None else key
   graphdef, state = nnx.split(model)
   new = _generate_seq2seq(graphdef, state, tokens, segment_ids, key, max_new_tokens, sampling)
   return _cut(new, model.config.eos_token_id)
+
+
+def _checked(prompts, max_new_tokens: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+  tokens, segment_ids = pad_left(prompts)
+  if max_new_tokens < 1:
+    raise UserError(f"max_new_tokens={max_new_tokens} must be positive")
+  if tokens.min() < 0 or tokens.max() >= vocab_size:
+    # The embedding of such a token would be NaN.
+    raise UserError(
+      f"prompts have tokens {tokens.min()} to {tokens.max()}; the model has 0 to {vocab_size - 1}: "
+      "is the tokenizer another model's?"
+    )
+  return tokens, segment_ids
 
 
 def _cut(new: Array, stop: int) -> list[list[int]]:

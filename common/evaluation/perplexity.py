@@ -31,7 +31,9 @@ class WindowLosses:
   @property
   def perplexity(self) -> float:
     """exp of the mean negative log-likelihood per token."""
-    return math.exp(self.nll.sum() / (self.nll.size * self.tokens))
+    # NumPy's exp: infinite, not an error, for a model that is broken altogether.
+    with np.errstate(over="ignore"):
+      return float(np.exp(self.nll.sum() / (self.nll.size * self.tokens)))
 
   @property
   def bits_per_byte(self) -> float:
@@ -59,9 +61,14 @@ def window_losses(
     windows: int32 [windows, seq].
     num_bytes: bytes of text per window [windows], for bits per byte.
     batch_size: windows per forward pass.
+
+  Raises:
+    ValueError: there is no window, or nothing to predict in it.
   """
   graphdef, state = nnx.split(model)
   count, seq = windows.shape
+  if not count or seq < 2:
+    raise ValueError(f"window_losses needs windows of at least two tokens, got {windows.shape}")
   batch_size = min(batch_size, count)
   # The last batch is padded, so that one compilation serves all.
   padded = np.concatenate([windows, windows[: -count % batch_size]])
@@ -71,7 +78,16 @@ def window_losses(
 
 
 def paired_difference(a: WindowLosses, b: WindowLosses) -> PairedDifference:
-  """Difference of two models on the same windows; pairing removes the windows' own spread."""
+  """Difference of two models on the same windows; pairing removes the windows' own spread.
+
+  Raises:
+    ValueError: the windows are not the same, or fewer than two.
+  """
+  if (a.nll.shape, a.tokens) != (b.nll.shape, b.tokens) or a.nll.size < 2:
+    raise ValueError(
+      f"expected two models on the same two or more windows, got {a.nll.size} of {a.tokens} tokens "
+      f"and {b.nll.size} of {b.tokens}"
+    )
   difference = (a.nll - b.nll) / a.tokens
   mean = float(difference.mean())
   half = float(scipy.stats.t.ppf(0.975, difference.size - 1) * scipy.stats.sem(difference))

@@ -72,6 +72,10 @@ class DecoderConfig:
   tie_word_embeddings: bool = False
   family: str = "llama"  # The Hugging Face model_type that this config reads and writes.
 
+  def __post_init__(self):
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(f"num_heads={self.num_heads} is no multiple of {self.num_kv_heads} kv heads")
+
 
 class AttentionContext(NamedTuple):
   """What every block of one forward pass shares.

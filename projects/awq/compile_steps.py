@@ -13,12 +13,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from common.checkpoints.huggingface import Checkpoint
-from common.compilation.decoder_steps import decode_step, scoring_step
+from common.compilation.decoder_steps import decode_step, decoder_config, scoring_step
 from common.compilation.step import Step
-from common.models.base import RECIPES
 from common.models.decoder import Block, DecoderConfig, make_context
-from common.models.llama_sizes import LLAMA_SIZES
 from common.models.scan import abstract_stack
 from common.models.sharding import batch_sharding, place, shardings
 from common.quantization.calibration import rtn_block
@@ -54,17 +51,6 @@ def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Ste
     scoring_step(scanned, params, mesh, batch_size=rows, seq_len=config.eval_length),
     decode_step(scanned, params, mesh, batch_size=rows, max_length=length),
   ]
-
-
-def decoder_config(name_or_path: str) -> DecoderConfig:
-  """The size of a base model, a well-known Llama (nothing is downloaded) or a directory's model.
-
-  Raises:
-    UserError: the directory cannot be read.
-  """
-  if name_or_path in RECIPES:
-    return RECIPES[name_or_path].config
-  return LLAMA_SIZES.get(name_or_path) or Checkpoint(name_or_path).config
 
 
 def tensor_parallelism(model: DecoderConfig, group_size: int, num_devices: int) -> int:

@@ -18,6 +18,7 @@ _BASE = {
 }
 _PLAIN = {
   "norm": "layer",
+  "norm_eps": 1e-5,
   "gated_mlp": False,
   "qkv_bias": True,
   "attention_out_bias": True,
