@@ -211,8 +211,10 @@ def test_biases_and_unpacked_linears_are_kept(tmp_path):
   assert set(quantized_weights(loaded)) == {"blocks.0.mlp.up_proj"}
   assert len(linear_paths(loaded.blocks)) == 5
   np.testing.assert_array_equal(loaded.blocks[0].mlp.up_proj.bias[...], up.bias[...])
-  # The same numbers; float32 products may be summed in another order.
-  np.testing.assert_allclose(logits(loaded, tokens), logits(model, tokens), atol=1e-5)
+  same = lambda a, b: np.testing.assert_array_equal(a, b)
+  jax.tree.map(same, nnx.state(loaded), nnx.state(model))
+  # The same numbers; float32 sums over a hundred terms of size 1 may run in another order.
+  np.testing.assert_allclose(logits(loaded, tokens), logits(model, tokens), atol=1e-4)
 
 
 def test_config_names_the_method_and_the_layout(saved):
