@@ -478,7 +478,8 @@ def model_config(
     raise UserError(f"{path}/config.json has a value that does not fit: {e}") from None
   for field in dataclasses.fields(config):
     value = getattr(config, field.name)
-    if field.type is int and (type(value) is not int or value < 0):
+    smallest = 1 if field.name.startswith("num_") or field.name.endswith(("_size", "_dim")) else 0
+    if field.type is int and (type(value) is not int or value < smallest):
       raise UserError(f"{path}/config.json gives {field.name}={value!r}, which is no size")
   return config
 

@@ -25,6 +25,9 @@ OPTIONS = {
 }
 
 
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
   """Bytes of one device's memory.
@@ -82,19 +85,14 @@ def compile_step(step: Step) -> CompiledStep:
   if mesh is None:
     raise ValueError(f"the step {step.name!r} has no argument that is placed on a mesh")
   function = step.function if hasattr(step.function, "lower") else jax.jit(step.function)
-  with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
-    lowered = function.lower(*step.arguments)
-    # The compiler writes its text itself: jaxlib cannot read back every operation of the TPU's.
-    dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-    try:
-      compiled = _uncached(lambda: lowered.compile(compiler_options=OPTIONS | dump))
-    except jax.errors.JaxRuntimeError as e:
-      # Fast on-chip memory may be exhausted too: that is a kernel's fault, not the slice's.
-      if "RESOURCE_EXHAUSTED" not in str(e) or "hbm" not in str(e).lower():
-        raise
-      return CompiledStep(step.name, None, None, _sizes(str(e)))
-    (file,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
-    text = file.read_text()
+  try:
+    with jax.set_mesh(mesh):
+      compiled, text = compile_lowered(function.lower(*step.arguments))
+  except jax.errors.JaxRuntimeError as e:
+    # Fast on-chip memory may be exhausted too: that is a kernel's fault, not the slice's.
+    if "RESOURCE_EXHAUSTED" not in str(e) or "hbm" not in str(e).lower():
+      raise
+    return CompiledStep(step.name, None, None, _sizes(str(e)))
   stats = compiled.memory_analysis()
   memory = Memory(
     arguments=stats.argument_size_in_bytes,
@@ -102,6 +100,24 @@ def compile_step(step: Step) -> CompiledStep:
     temporaries=stats.temp_size_in_bytes + stats.generated_code_size_in_bytes,
   )
   return CompiledStep(step.name, memory, cost(text))
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+  """Compiles a lowered program; returns it and its optimized, scheduled HLO text."""
+  # The compiler writes its text itself: jaxlib cannot read back every operation of the TPU's. It
+  # writes nothing of what JAX finds in its cache.
+  enabled = jax.config.jax_enable_compilation_cache
+  with tempfile.TemporaryDirectory() as folder:
+    options = OPTIONS | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+      jax.config.update("jax_enable_compilation_cache", False)
+      compilation_cache.reset_cache()  # Or JAX would not look at the setting again.
+      compiled = lowered.compile(compiler_options=options)
+    finally:
+      jax.config.update("jax_enable_compilation_cache", enabled)
+      compilation_cache.reset_cache()
+    (file,) = pathlib.Path(folder).glob("*.after_optimizations.txt")
+    return compiled, file.read_text()
 
 
 def compile_for(topology: str, compile_steps: Callable[[Sequence[jax.Device]], list[Step]]) -> int:
@@ -126,8 +142,7 @@ def compile_for(topology: str, compile_steps: Callable[[Sequence[jax.Device]], l
     console.print(table(compiled, tpu))
     fits &= compiled.fits(tpu.chip)
   verdict = "every step fits" if fits else "not every step fits"
-  gib = tpu.chip.hbm_bytes / 2**30
-  print(f"{verdict} {topology}: {len(tpu.devices)} chips with {gib:.0f} GiB each", flush=True)
+  print(f"{verdict} {topology}: {len(tpu.devices)} chips with {_in_units(tpu.chip.hbm_bytes)} each")
   if not fits:
     print("a larger slice, a smaller batch or more sharding would help", file=sys.stderr)
   return 0 if fits else 1
@@ -140,10 +155,10 @@ def table(compiled: CompiledStep, tpu: Slice) -> Table:
     result.add_row("memory", f"[red]does not fit:[/] {compiled.needs}")
     return result
   memory, chip = compiled.memory, tpu.chip
-  total = f"{memory.total / 2**30:.3g} of {chip.hbm_bytes / 2**30:.0f} GiB"
+  total = f"{_in_units(memory.total)} of {_in_units(chip.hbm_bytes)}"
   parts = ("arguments", "outputs", "temporaries")
   for part in parts:
-    result.add_row(part, f"{getattr(memory, part) / 2**30:.3g} GiB")
+    result.add_row(part, _in_units(getattr(memory, part)))
   result.add_row("memory", total if compiled.fits(chip) else f"[red]does not fit:[/] {total}")
   program = compiled.cost
   result.add_section()
@@ -165,24 +180,10 @@ def table(compiled: CompiledStep, tpu: Slice) -> Table:
 
 
 def _in_units(size: float) -> str:
-  unit, name = next(
-    (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if size >= u or u == 1
-  )
+  unit, name = next((u, n) for u, n in _UNITS if size >= u or u == 1)
   return f"{size / unit:.3g} {name}"
 
 
 def _sizes(error: str) -> str:
   sizes = re.findall(r"\(([\d.]+[KMGT])\)", error.splitlines()[0])
   return " of ".join(sizes) if len(sizes) == 2 else error.splitlines()[0]
-
-
-def _uncached(compile_it: Callable):
-  """Compiles even what the cache has: only the compiler's run writes its text."""
-  enabled = jax.config.jax_enable_compilation_cache
-  try:
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # Or JAX would not look at the setting again.
-    return compile_it()
-  finally:
-    jax.config.update("jax_enable_compilation_cache", enabled)
-    compilation_cache.reset_cache()

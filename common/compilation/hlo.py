@@ -161,7 +161,7 @@ class _Reader:
       results = sum(a.bytes for a in instruction.arrays if a.dims) - operands
     if kind == "all-reduce" and where.startswith("all-reduce-scatter"):
       kind = "reduce-scatter"  # TPU: an all-reduce of which each device keeps a slice.
-    size = operands if kind in ("reduce-scatter", "all-reduce") else results
+    size = operands if instruction.opcode.startswith("reduce-scatter") else results
     self.collectives[kind][size] += times
 
   def _traffic(self, instruction, computation) -> float:

@@ -4,13 +4,16 @@
 a Hugging Face directory. Every paper on language models starts here.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import pathlib
 import shutil
 import sys
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import jax.numpy as jnp
 import tokenizers
@@ -21,7 +24,8 @@ from common.checkpoints.orbax import load_params, save_params
 from common.data.corpora import fingerprint
 from common.data.pipelines import token_batches, token_windows
 from common.data.tokenizer import load_tokenizer
-from common.evaluation.perplexity import window_losses
+from common.errors import UserError
+from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.decoder import Decoder, DecoderConfig
 from common.paths import cache_dir
 from common.training.loop import train
@@ -116,10 +120,14 @@ def base_model(name_or_path: str, *, seed: int = 0) -> BaseModel:
     seed: of initialisation and data order, for the named models.
 
   Raises:
-    UserError: the directory cannot be loaded, see `Checkpoint`.
+    UserError: there is no such name or directory, or it cannot be loaded, see `Checkpoint`.
   """
   if name_or_path in RECIPES:
     return _pretrained(name_or_path, RECIPES[name_or_path], seed)
+  if not pathlib.Path(name_or_path).expanduser().is_dir():
+    raise UserError(
+      f"no base model {name_or_path!r}: expected {', '.join(RECIPES)} or a checkpoint directory"
+    )
   return BaseModel(load_decoder(name_or_path), load_tokenizer(name_or_path), {})
 
 
@@ -131,24 +139,32 @@ def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
   tokenizer = load_tokenizer(f"embedded-{recipe.vocab_size}")
   model = Decoder(recipe.config, rngs=nnx.Rngs(seed))
   graphdef, params = nnx.split(model)
-  if not path.exists():
-    print(f"pretraining the base model {name} once (seed {seed}): {path}", file=sys.stderr)
-    params = _pretrain(graphdef, params, recipe, tokenizer, seed, folder / f"{path.name}.run")
-    model = nnx.merge(graphdef, params)
-    windows = token_windows(CORPUS, tokenizer, split="validation", seq_len=256)
-    # Evenly spaced, so that every domain has its share.
-    chosen = slice(None, None, max(1, len(windows.tokens) // 256))
-    losses = window_losses(model, windows.tokens[chosen], num_bytes=windows.num_bytes[chosen])
-    metadata = {
-      "recipe": settings,
-      "validation_perplexity": losses.perplexity,
-      "validation_bits_per_byte": losses.bits_per_byte,
-    }
-    save_params(path, nnx.to_pure_dict(params), metadata)
-    shutil.rmtree(folder / f"{path.name}.run" / "checkpoints", ignore_errors=True)
+  # Of several runs that need the model at once, one trains and the others wait. (The processes of
+  # one distributed run train together.)
+  lock = filelock.FileLock(folder / f".{path.name}.lock")
+  with contextlib.nullcontext() if path.exists() or jax.process_count() > 1 else lock:
+    if not path.exists():
+      print(f"pretraining the base model {name} once (seed {seed}): {path}", file=sys.stderr)
+      workdir = folder / f"{path.name}.run"
+      trained = _pretrain(graphdef, params, recipe, tokenizer, seed, workdir)
+      losses = _validate(nnx.merge(graphdef, trained), tokenizer)
+      metadata = {
+        "recipe": settings,
+        "validation_perplexity": losses.perplexity,
+        "validation_bits_per_byte": losses.bits_per_byte,
+      }
+      save_params(path, nnx.to_pure_dict(trained), metadata)
+      shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
   pure, metadata = load_params(path, nnx.to_pure_dict(params))
   nnx.replace_by_pure_dict(params, pure)
   return BaseModel(nnx.merge(graphdef, params), tokenizer, metadata)
+
+
+def _validate(model: Decoder, tokenizer: tokenizers.Tokenizer) -> WindowLosses:
+  windows = token_windows(CORPUS, tokenizer, split="validation", seq_len=256)
+  # Evenly spaced, so that every domain has its share.
+  chosen = slice(None, None, max(1, len(windows.tokens) // 256))
+  return window_losses(model, windows.tokens[chosen], num_bytes=windows.num_bytes[chosen])
 
 
 def _pretrain(graphdef, params, recipe: Recipe, tokenizer, seed: int, workdir):

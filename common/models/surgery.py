@@ -54,7 +54,8 @@ def record_inputs(module: nnx.Module, paths: list[str], run: Callable[[nnx.Modul
   Safe under `jit`: the notes are values of the same trace, returned to the caller.
 
   Args:
-    module: is restored before the call returns.
+    module: is restored before the call returns. Inside a trace it must be one that was made or
+      merged there.
     paths: layers to observe; each must be called exactly once by `run`.
     run: any function of the module.
 

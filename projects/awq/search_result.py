@@ -42,13 +42,13 @@ def load(path: str | os.PathLike) -> tuple[list[BlockSearch], AWQSettings]:
     with safetensors.safe_open(path, framework="np") as f:
       metadata = f.metadata() or {}
       settings = json.loads(metadata["settings"])
-      searches = [BlockSearch({}, {}) for _ in range(int(metadata["num_blocks"]))]
+      searches = {str(i): BlockSearch({}, {}) for i in range(int(metadata["num_blocks"]))}
       for key in f.keys():
         _, index, kind, name = key.split(".", 3)
-        search = searches[int(index)]
+        search = searches[index]
         {"scale": search.scales, "clip": search.clips}[kind][name] = jnp.asarray(f.get_tensor(key))
     settings["format"] = IntegerFormat(**settings["format"])
-    return searches, AWQSettings(**settings)
+    return list(searches.values()), AWQSettings(**settings)
   except FileNotFoundError:
     raise UserError(f"AWQ search result {path} does not exist") from None
   except (safetensors.SafetensorError, OSError, LookupError, ValueError, TypeError) as e:

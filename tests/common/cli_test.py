@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import pathlib
@@ -111,6 +112,54 @@ def test_results_go_to_runs_by_default_and_config_paths_may_be_of_the_checkout(t
   assert done.returncode == 0, done.stderr
   report = json.loads((root / "runs" / "toy-tiny" / "report.json").read_text())
   assert (report["preset"], report["config"]["bits"]) == ("tiny", 7)
+
+
+def test_compile_only_needs_the_papers_steps(toy):
+  done = toy("--compile_only=v5e:2x2")
+  assert (done.returncode, done.stdout) == (2, "")
+  assert done.stderr.splitlines() == [
+    "error: toy has no steps to compile: there is no projects/toy/compile_steps.py"
+  ]
+
+
+COMPILE_STEPS = """
+  import jax
+  import jax.numpy as jnp
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  from common.compilation.step import Step
+  from common.training.mesh import make_mesh
+
+
+  def compile_steps(config, devices):
+    where = NamedSharding(make_mesh({"fsdp": -1}, devices), PartitionSpec("fsdp"))
+    x = jax.ShapeDtypeStruct((8, 128 * config.bits), jnp.float32, sharding=where)
+    return [Step("total", jnp.sum, (x,))]
+  """
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_compile_only_prints_a_table_and_nothing_else(toy, root):
+  file = root / "projects" / "toy" / "compile_steps.py"
+  file.write_text(textwrap.dedent(COMPILE_STEPS))
+  try:
+    done = toy("--compile_only=v5e:2x2", "--config.bits=8")
+    wrong = toy("--compile_only=v5e")
+  finally:
+    file.unlink()
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "total on v5e:2x2" in done.stdout and "every step fits v5e:2x2" in done.stdout
+  assert "all-reduce" in done.stdout
+  assert not (root / "runs" / "toy-default").exists()
+  assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+  assert "unknown TPU slice 'v5e'; there are v4: v4:2x2x1" in wrong.stderr
+
+
+def test_half_set_cluster_variables_are_the_users_to_mend(toy, monkeypatch):
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+  done = toy()
+  assert done.returncode == 2
+  assert "JAX_NUM_PROCESSES is set, but JAX_COORDINATOR_ADDRESS" in done.stderr
 
 
 @pytest.mark.parametrize(

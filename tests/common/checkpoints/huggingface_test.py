@@ -1,5 +1,6 @@
 """Hugging Face directories: parity with transformers, round trips, and what is refused."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -10,8 +11,13 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from common.checkpoints.families import FAMILIES
 from common.checkpoints.huggingface import Checkpoint, CheckpointWriter, load_decoder, save_model
 from common.errors import UserError
+from common.models.decoder import RopeScaling
+from common.quantization.calibration import rtn_block
+from common.quantization.equivalent import fold_scale, scaling_groups
+from common.quantization.quantized_array import IntegerFormat
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "hf_checkpoints"
 DECODERS = ["llama", "llama_gqa_tied", "mistral", "opt", "gpt2", "gpt_neox"]
@@ -75,7 +81,23 @@ def test_older_config_keys_are_read(copy):
   assert Checkpoint(copy).config == new
   scaling = {"type": "linear", "factor": 2.0}
   edit_config(copy, rope_scaling=scaling)
-  assert Checkpoint(copy).config.rope_scaling.factor == 2.0
+  linear = Checkpoint(copy).config
+  assert (linear.rope_theta, linear.rope_scaling) == (500000.0, RopeScaling("linear", 2.0, 128))
+  scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+  edit_config(copy, rope_scaling=scaling | {"original_max_position_embeddings": 64})
+  assert Checkpoint(copy).config.rope_scaling == RopeScaling("llama3", 8.0, 64, 1.0, 4.0)
+
+
+def test_what_a_missing_key_means():
+  config = json.loads((GOLDEN / "mistral" / "config.json").read_text())
+  assert FAMILIES["mistral"].read(config).sliding_window == 8
+  assert FAMILIES["mistral"].read(config | {"sliding_window": None}).sliding_window is None
+  del config["sliding_window"]  # transformers' default; Mistral-7B v0.2 has an explicit null.
+  assert FAMILIES["mistral"].read(config).sliding_window == 4096
+  config = json.loads((GOLDEN / "gpt_neox" / "config.json").read_text())
+  del config["rope_parameters"]
+  old = FAMILIES["gpt_neox"].read(config | {"rotary_pct": 0.5, "rotary_emb_base": 5000})
+  assert (old.rotary_dim, old.rope_theta) == (8, 5000.0)
 
 
 def test_bfloat16_weights(copy):
@@ -83,7 +105,13 @@ def test_bfloat16_weights(copy):
   low = {k: np.asarray(jnp.asarray(v).astype(jnp.bfloat16)) for k, v in tensors.items()}
   safetensors.numpy.save_file(low, copy / "model.safetensors")
   assert load_decoder(copy).embed_tokens.embedding.dtype == jnp.float32
-  assert load_decoder(copy, dtype=None).embed_tokens.embedding.dtype == jnp.bfloat16
+  model = load_decoder(copy, dtype=None)
+  assert model.embed_tokens.embedding.dtype == jnp.bfloat16
+  save_model(model, copy, overwrite=True)
+  assert json.loads((copy / "config.json").read_text())["dtype"] == "bfloat16"
+  for key, value in tensors_of(copy).items():
+    assert value.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(value, low[key], err_msg=key)
 
 
 def change_tensors(path: pathlib.Path, change) -> None:
@@ -106,6 +134,10 @@ def index_without_its_file(path: pathlib.Path) -> None:
   (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
+def write_index(content: bytes):
+  return lambda path: (path / "model.safetensors.index.json").write_bytes(content)
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 
 
@@ -122,6 +154,23 @@ NORM = "model.layers.1.input_layernorm.weight"
     (only_pickled, "pickle"),
     (lambda p: (p / "model.safetensors").unlink(), "model.safetensors"),
     (index_without_its_file, "model-00001-of-00002.safetensors"),
+    (write_index(b"\xff\xfe"), "index.json is damaged"),
+    (write_index(b"[]"), "index.json is damaged"),
+    (write_index(b'{"weight_map": {"a": 3}}'), "index.json is damaged"),
+    (write_index(b'{"weight_map": {"a": ""}}'), "cannot be read"),
+    (write_index(b'{"weight_map": {"a": "model.safetensors"}}'), "that the index names: a"),
+    (lambda p: (p / "config.json").write_text("[]"), "not a JSON object"),
+    (lambda p: edit_config(p, hidden_size="64"), "hidden_size='64'"),
+    (lambda p: edit_config(p, vocab_size=256.0), "vocab_size=256.0"),
+    (lambda p: edit_config(p, num_attention_heads=0), "num_heads=0"),
+    (lambda p: edit_config(p, num_attention_heads=0, head_dim=None), "value that does not fit"),
+    (lambda p: edit_config(p, intermediate_size=-1), "intermediate_size=-1"),
+    (lambda p: edit_config(p, num_key_value_heads=3), "num_heads=4 is no multiple of 3"),
+    (lambda p: edit_config(p, rope_parameters=["linear"]), "value that does not fit"),
+    (lambda p: edit_config(p, rope_parameters={"rope_type": "linear"}), "lacks the key 'factor'"),
+    (lambda p: edit_config(p, hidden_act="mish"), "mish"),
+    (lambda p: edit_config(p, num_hidden_layers=1), r"unexpected tensors: model.layers.1"),
+    (lambda p: edit_config(p, num_hidden_layers=3), r"missing tensors: model.layers.2"),
     (lambda p: change_tensors(p, lambda t: t.pop(NORM)), NORM),
     (lambda p: change_tensors(p, lambda t: t.update({"model.extra": t[NORM]})), "model.extra"),
     (lambda p: change_tensors(p, lambda t: t.update({NORM: t[NORM][:3]})), NORM),
@@ -135,12 +184,105 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(copy, damage, message):
   assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "name, tensor",
+  [
+    ("gpt2", "transformer.h.0.attn.c_attn.weight"),
+    ("gpt2", "transformer.h.1.attn.c_attn.bias"),
+    ("gpt_neox", "gpt_neox.layers.0.attention.query_key_value.weight"),
+    ("bloom6", "transformer.h.1.self_attention.query_key_value.bias"),
+  ],
+)
+def test_fused_projections_of_a_wrong_shape_are_named(name, tensor, tmp_path):
+  path = pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+  cut = lambda t: t.update({tensor: np.ascontiguousarray(t[tensor][..., :-1, :-1])})
+  if tensor.endswith("bias"):
+    cut = lambda t: t.update({tensor: t[tensor][:-1]})
+  change_tensors(path, cut)
+  with pytest.raises(UserError, match=tensor):
+    load_decoder(path)
+
+
 def test_a_failed_write_leaves_nothing(tmp_path):
   with pytest.raises(RuntimeError):
     with CheckpointWriter(tmp_path / "out", {}) as writer:
       writer.add({"a": np.ones(3, np.float32)})
       writer.flush()
       raise RuntimeError
+  assert list(tmp_path.iterdir()) == []
+  # The same where closing fails: here on what is not JSON.
+  with pytest.raises(TypeError):
+    with CheckpointWriter(tmp_path / "out", {"dtype": np.float32}) as writer:
+      writer.add({"a": np.ones(3, np.float32)})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_visible_before_the_end(tmp_path):
+  with CheckpointWriter(tmp_path / "out", {}, max_shard_bytes=16) as writer:
+    for name in "abc":
+      writer.add({name: np.ones(3, np.float32)})
+      assert not (tmp_path / "out").exists()
+  assert [p.name for p in tmp_path.iterdir()] == ["out"]
+  index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+  assert index["metadata"]["total_size"] == 36
+  assert set(index["weight_map"]) == set("abc") and len(set(index["weight_map"].values())) == 3
+
+
+def test_only_a_checkpoint_is_overwritten(copy, tmp_path):
+  (tmp_path / "home").mkdir()
+  (tmp_path / "home" / "thesis.txt").write_text("do not lose")
+  (tmp_path / "file").write_text("nor this")
+  for target in ("home", "file"):
+    with pytest.raises(UserError, match="is not a checkpoint directory"):
+      save_model(load_decoder(copy), tmp_path / target, overwrite=True)
+  assert {p.name for p in tmp_path.iterdir()} == {"home", "file", "checkpoint"}
+  assert (tmp_path / "home" / "thesis.txt").read_text() == "do not lose"
+
+
+def test_a_failed_overwrite_keeps_the_old_one(copy):
+  before = tensors_of(copy)
+  with pytest.raises(RuntimeError):
+    with CheckpointWriter(copy, {}, overwrite=True) as writer:
+      writer.add({"a": np.ones(3, np.float32)})
+      raise RuntimeError
+  assert tensors_of(copy).keys() == before.keys()
+  assert [p.name for p in copy.parent.iterdir()] == [copy.name]
+
+
+def packed(model):
+  model.blocks[0] = rtn_block(model.blocks[0], IntegerFormat(4, 16))
+  return model
+
+
+def scaled_activation(model):
+  block = model.blocks[0]
+  group = next(g for g in scaling_groups(model.config) if g.linears == ("mlp.down_proj",))
+  fold_scale(block, group, jnp.full(model.config.intermediate_size, 2.0))
+  return model
+
+
+def with_config(**changes):
+  def change(model):
+    model.config = dataclasses.replace(model.config, **changes)
+    return model
+
+  return change
+
+
+@pytest.mark.parametrize(
+  "name, change, message",
+  [
+    ("llama", packed, "no plain tensors model.layers.0"),
+    ("gpt2", scaled_activation, "no place for blocks.0.mlp.activation.scale"),
+    ("llama", with_config(sliding_window=8), "cannot describe"),
+    ("opt", with_config(norm_eps=1e-6), "cannot describe"),
+    ("bloom6", with_config(intermediate_size=20), "cannot describe"),
+  ],
+)
+def test_a_model_that_the_layout_cannot_hold_is_not_written(name, change, message, tmp_path):
+  model = change(load_decoder(GOLDEN / name))
+  with pytest.raises(ValueError, match=message):
+    save_model(model, tmp_path / "out")
   assert list(tmp_path.iterdir()) == []
 
 

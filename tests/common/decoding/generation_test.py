@@ -1,6 +1,7 @@
 """Generation against an argmax loop without a cache, and what sampling may choose."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,9 @@ def test_a_stop_token_ends_its_row_only():
   stopped = generate(model, PROMPTS, max_new_tokens=8, stop_token=stop)
   for a, b in zip(free, stopped):
     assert b == (a[: a.index(stop)] if stop in a else a)
+  # A row may stop before its first token.
+  first = free[1][0]
+  assert generate(model, PROMPTS, max_new_tokens=8, stop_token=first)[1] == []
 
 
 def test_one_compilation_per_bucket():
@@ -64,18 +68,32 @@ def test_one_compilation_per_bucket():
   assert generation._generate._cache_size() == before + 1
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def draws(logits, sampling):
+  """200 tokens for the one row of `logits`."""
+  keys = jax.random.split(jax.random.key(0), 200)
+  return jax.vmap(lambda key: sample(logits, key, sampling)[0])(keys)
+
+
 def test_sampling_stays_in_the_nucleus():
   logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
-  draw = lambda sampling: {
-    int(sample(logits, key, sampling)[0]) for key in jax.random.split(jax.random.key(0), 200)
-  }
+  draw = lambda sampling: set(draws(logits, sampling).tolist())
   # 200 draws miss a token of probability 0.05 with probability 4e-5.
   assert draw(Sampling(temperature=1.0)) == {0, 1, 2, 3}
   assert draw(Sampling(temperature=1.0, top_k=2)) == {0, 1}
   assert draw(Sampling(temperature=1.0, top_p=0.8)) == {0, 1}
   assert draw(Sampling(temperature=1.0, top_p=0.81)) == {0, 1, 2}
   assert draw(Sampling(temperature=1.0, top_p=0.01)) == {0}
+  # The nucleus is taken of what top-k leaves: 0.5 / 0.8 is more than 0.6.
+  assert draw(Sampling(temperature=1.0, top_k=2, top_p=0.6)) == {0}
+  assert draw(Sampling(temperature=1.0, top_k=9)) == {0, 1, 2, 3}
+  # ... and of what the temperature leaves: 0.25 / 0.365 is more than 0.65.
+  assert draw(Sampling(temperature=0.5, top_p=0.65)) == {0}
+  assert draw(Sampling(temperature=1e-4)) == {0}
   assert draw(Sampling()) == {0}
+  # The mass before the second token is p exactly: it is out.
+  halves = jnp.log(jnp.array([[2.0, 1.0, 1.0]]))
+  assert set(draws(halves, Sampling(temperature=1.0, top_p=0.5)).tolist()) == {0}
 
 
 def test_temperature_sharpens():
@@ -84,6 +102,23 @@ def test_temperature_sharpens():
   # Standard error 0.008.
   assert abs(share(1.0) - 0.6) < 0.03
   assert abs(share(0.5) - 0.36 / 0.52) < 0.03
+
+
+def test_sampling_follows_the_key():
+  model = random_decoder(ARCHITECTURES["llama"])
+  hot = Sampling(temperature=1e6)  # All but uniform.
+  draw = lambda seed: generate(
+    model, PROMPTS, max_new_tokens=8, key=jax.random.key(seed), sampling=hot
+  )
+  assert draw(0) == draw(0) != draw(1)
+  # Every step and every row has noise of its own: 24 of 64 tokens, of which 20 are expected to be
+  # different (standard deviation 1.6).
+  assert len({token for row in draw(0) for token in row}) > 12
+  cold = Sampling(temperature=1e-4)
+  greedy = generate(model, PROMPTS, max_new_tokens=8)
+  assert greedy == generate(model, PROMPTS, max_new_tokens=8, key=jax.random.key(0), sampling=cold)
+  with pytest.raises(ValueError, match="key"):
+    generate(model, PROMPTS, max_new_tokens=8, sampling=hot)
 
 
 def test_padding_is_on_the_left():
@@ -97,9 +132,14 @@ def test_padding_is_on_the_left():
   [
     lambda m: generate(m, [[1], []], max_new_tokens=2),
     lambda m: generate(m, [], max_new_tokens=2),
+    lambda m: generate(m, [[1]], max_new_tokens=0),
+    lambda m: generate(m, [[1], [64]], max_new_tokens=2),  # The model has tokens 0 to 63.
+    lambda m: generate(m, [[1, -1]], max_new_tokens=2),
     lambda m: generate(m, [[1] * 30], max_new_tokens=9),  # The model has 32 positions.
     lambda m: Sampling(temperature=-1.0),
     lambda m: Sampling(top_p=0.0),
+    lambda m: Sampling(top_p=1.1),
+    lambda m: Sampling(top_k=-1),
   ],
 )
 def test_bad_input_is_a_user_error(call):

@@ -29,6 +29,24 @@ def test_losses_against_float64(model):
   assert losses.perplexity == pytest.approx(math.exp(-picked.mean()), rel=1e-5)
 
 
+def test_batches_do_not_mix(model):
+  windows = random_tokens(model.config, 7, 12)
+  whole = window_losses(model, windows, batch_size=7).nll
+  for batch_size in (1, 3, 100):
+    # The same sums in batches of another shape.
+    np.testing.assert_allclose(
+      window_losses(model, windows, batch_size=batch_size).nll, whole, rtol=1e-5
+    )
+  with pytest.raises(ValueError, match="at least two tokens"):
+    window_losses(model, windows[:0])
+  with pytest.raises(ValueError, match="at least two tokens"):
+    window_losses(model, windows[:, :1])
+
+
+def test_a_model_broken_altogether_has_infinite_perplexity():
+  assert WindowLosses(np.array([1e5]), 10).perplexity == math.inf
+
+
 def test_bits_per_byte():
   losses = WindowLosses(np.array([math.log(2) * 30, math.log(2) * 50]), 10, np.array([20, 20]))
   assert losses.bits_per_byte == pytest.approx(2.0)
@@ -44,3 +62,8 @@ def test_paired_difference_is_a_t_interval():
   half = 3.182446 * difference.std(ddof=1) / 2  # Student's t, 3 degrees of freedom, 97.5 %.
   assert result.mean == pytest.approx(0.2)
   assert (result.low, result.high) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-5)
+  for other in (WindowLosses(b.nll[:1], 10), WindowLosses(b.nll, 11)):
+    with pytest.raises(ValueError, match="the same two or more windows"):
+      paired_difference(a, other)
+  with pytest.raises(ValueError, match="two or more"):
+    paired_difference(WindowLosses(a.nll[:1], 10), WindowLosses(b.nll[:1], 10))

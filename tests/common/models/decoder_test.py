@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from common.models.decoder import (
   KVCache,
   RopeScaling,
   alibi_slopes,
+  apply_rope,
   attention_mask,
   rope_frequencies,
 )
@@ -84,6 +86,24 @@ def test_padding_changes_nothing(model, pad):
   assert np.isfinite(out).all()
 
 
+def test_gradients_are_finite_beside_padding():
+  # A padding query sees no key at all: 0 / 0 in a careless softmax, and in its gradient.
+  model = random_decoder(dataclasses.replace(ARCHITECTURES["bloom"], num_layers=1))
+  tokens = jnp.asarray(random_tokens(model.config, 2, 9))
+  segment_ids = jnp.ones_like(tokens).at[0, :4].set(0).at[1, 6:].set(0)
+  graphdef, params = nnx.split(model)
+
+  @jax.jit
+  def gradient(params):
+    def loss(params):
+      logits, _ = nnx.merge(graphdef, params)(tokens, segment_ids=segment_ids)
+      return jnp.sum(jax.nn.log_softmax(logits) * segment_ids[..., None])
+
+    return jax.grad(loss)(params)
+
+  assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient(params)))
+
+
 def test_packed_documents_do_not_see_each_other(model):
   a, b = (random_tokens(model.config, BATCH, LENGTH, seed=seed) for seed in (0, 1))
   packed = np.concatenate([a[:, :7], b[:, :5]], axis=1)
@@ -152,11 +172,82 @@ def test_rope_scalings():
   np.testing.assert_allclose(llama3[wavelength > 64], plain[wavelength > 64] / 8, rtol=1e-6)
 
 
+def test_llama3_scaling_against_its_formula():
+  """RoPE of Llama 3.1: by the wavelength, kept, divided, or interpolated between the two."""
+  config = dataclasses.replace(
+    ARCHITECTURES["llama"],
+    head_dim=64,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling("llama3", 8.0, 8192, 1.0, 4.0),
+  )
+  expected, cases = [], set()
+  for i in range(0, 64, 2):
+    frequency = 500000.0 ** (-i / 64)
+    wavelength = 2 * np.pi / frequency
+    if wavelength < 8192 / 4:
+      cases.add("kept")
+    elif wavelength > 8192 / 1:
+      cases.add("divided")
+      frequency /= 8
+    else:
+      cases.add("between")
+      smooth = (8192 / wavelength - 1) / (4 - 1)
+      frequency = (1 - smooth) * frequency / 8 + smooth * frequency
+    expected.append(frequency)
+  assert cases == {"kept", "divided", "between"}
+  frequencies = rope_frequencies(config, jnp.int32(1))
+  # Powers in float32: measured error 2e-6.
+  np.testing.assert_allclose(frequencies, expected, rtol=1e-5)
+
+
+def test_rope_depends_on_distance_only():
+  rng = np.random.default_rng(0)
+  query, key = (jnp.asarray(rng.normal(size=(1, 1, 1, 12)), jnp.float32) for _ in range(2))
+  # A part of the head is not rotated.
+  config = dataclasses.replace(ARCHITECTURES["llama"], head_dim=12, rotary_dim=8)
+  frequencies = rope_frequencies(config, jnp.int32(1))
+
+  def rotate(x, position):
+    angles = position * frequencies[None, None]
+    return apply_rope(x, (jnp.cos(angles), jnp.sin(angles)))
+
+  product = lambda q, k: float(jnp.sum(rotate(query, q) * rotate(key, k)))
+  assert product(7, 4) == pytest.approx(product(103, 100), abs=1e-4)
+  assert abs(product(7, 4) - product(7, 5)) > 1e-2
+  np.testing.assert_array_equal(rotate(query, 5)[..., 8:], query[..., 8:])
+  # By halves: channel i turns with channel i + 4.
+  turned = rotate(jnp.zeros((1, 1, 1, 12)).at[..., 1].set(1.0), 2)[0, 0, 0]
+  angle = 2 * float(frequencies[1])
+  np.testing.assert_allclose(turned[jnp.array([1, 5])], [np.cos(angle), np.sin(angle)], rtol=1e-5)
+
+
+def test_some_layers_without_the_window():
+  config = dataclasses.replace(
+    WINDOWED["mistral, window 5"], family="qwen2", full_attention_layers=(1,)
+  )
+  model = random_decoder(config)
+  tokens = random_tokens(config, BATCH, LENGTH)
+  cache = KVCache.empty(config, BATCH, LENGTH)
+  _, cache = cached(model, jnp.asarray(tokens[:, :11]), cache)
+  last, _ = cached(model, jnp.asarray(tokens[:, 11:]), cache)
+  np.testing.assert_allclose(last[:, 0], run(model, tokens)[:, 11], **TOLERANCE)
+  # The last token sees the first one through the layer without a window.
+  changed = tokens.copy()
+  changed[0, 0] = (changed[0, 0] + 1) % config.vocab_size
+  assert np.abs(run(model, tokens) - run(model, changed))[0, 11].max() > 1e-4
+
+
+def test_heads_must_share_keys_evenly():
+  with pytest.raises(ValueError, match="num_heads=4 is no multiple of 3"):
+    dataclasses.replace(ARCHITECTURES["llama"], num_kv_heads=3)
+
+
 def test_alibi_slopes():
   np.testing.assert_allclose(alibi_slopes(8), 2.0 ** -np.arange(1, 9), rtol=1e-6)
   # Six heads: the four of a power of two, and two between them.
   expected = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
   np.testing.assert_allclose(alibi_slopes(6), expected, rtol=1e-6)
+  np.testing.assert_allclose(alibi_slopes(1), [2.0**-8], rtol=1e-6)
 
 
 def test_blocks_of_a_model_share_one_compilation():

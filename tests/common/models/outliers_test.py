@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from common.models.decoder import make_context
 from common.models.outliers import inject_outliers
@@ -13,8 +14,9 @@ from tests.common.quantization.small_decoders import (
 )
 
 
-def test_outputs_stay_and_activations_get_outliers():
-  model = random_decoder(ARCHITECTURES["llama"])
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])  # Norms without and with a bias.
+def test_outputs_stay_and_activations_get_outliers(architecture):
+  model = random_decoder(ARCHITECTURES[architecture])
   changed = inject_outliers(model, jax.random.key(0), fraction=0.1, gain=30.0)
   tokens = jnp.asarray(random_tokens(model.config))
   # The same products up to rounding, through gains of 30 and 1/30.

@@ -182,7 +182,9 @@ def test_cache_is_cut_over_rows_and_heads():
   assert found.keys[1].spec == PartitionSpec(("fsdp",), None, ("tensor",), None)
   assert found.positions.spec == PartitionSpec(("fsdp",), None)
   assert found.length.spec == PartitionSpec()
-  three = jax.eval_shape(lambda: KVCache.empty(dataclasses.replace(CONFIG, num_kv_heads=3), 4, 16))
+  three = jax.eval_shape(
+    lambda: KVCache.empty(dataclasses.replace(CONFIG, num_heads=3, num_kv_heads=3), 4, 16)
+  )
   with pytest.raises(UserError, match="kv_heads.*cache.keys.0.*size 3"):
     cache_shardings(three, MESH)
 

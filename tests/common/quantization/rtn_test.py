@@ -183,6 +183,22 @@ def test_low_precision_weights_are_quantized_in_float32():
   np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("bits, levels", ((4, np.arange(-7, 7)), (8, np.arange(-100, 100))))
+def test_ties_are_decided_by_the_true_quotient(bits, levels):
+  """Weights exactly between two codes go to the even one. A product with the rounded reciprocal of
+  the scale would put many of them on the wrong side."""
+  rng = np.random.default_rng(0)
+  scales = rng.uniform(0.01, 0.02, (1, 400)).astype(np.float32)
+  halves = (levels[:, None] + 0.5).astype(np.float32)
+  w = halves * scales
+  ties = w / scales == halves  # The product may have been rounded off the tie.
+  assert 0.3 < ties.mean()
+  assert (np.round(w * (1 / scales)) != np.round(halves))[ties].any()
+  format = IntegerFormat(bits, -1, symmetric=True)
+  codes = jax.jit(rtn.encode, static_argnums=3)(w, scales, None, format)
+  np.testing.assert_array_equal(codes[ties], np.broadcast_to(np.round(halves), w.shape)[ties])
+
+
 def test_group_size_must_divide():
   for format in (IntegerFormat(4, 24), IntegerFormat(4, 24, axis=1), IntegerFormat(4, 64)):
     with pytest.raises(UserError, match=f"{format.group_size} does not divide the .*put dimension"):

@@ -94,7 +94,7 @@ def start(arguments, devices: int, environment=None):
 def finish(processes) -> dict:
   """Waits for all, and returns what the first one printed."""
   try:
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=300) for process in processes]
   finally:
     for process in processes:
       process.kill()
