@@ -23,7 +23,8 @@ def imports(path: pathlib.Path) -> set[str]:
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
       found |= {alias.name for alias in node.names}
-    elif isinstance(node, ast.ImportFrom) and node.module:
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, "relative imports hide where a name comes from"
       found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
   return found
 
