@@ -5,7 +5,7 @@
 
 Both sides do the same arithmetic in float32 on the same inputs and threads; the PyTorch side is the
 published algorithm written plainly. Results are compared before the ratio torch / ours (above 1:
-ours is faster) goes to `awq_gptq_vs_torch.json` beside this file.
+ours is faster) goes to `awq_gptq_vs_torch.json` beside this file. Compilation is timed apart.
 """
 
 import argparse
@@ -14,6 +14,9 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -158,7 +161,7 @@ def seconds(function, *arguments) -> tuple[float, object]:
   return time.perf_counter() - start, result
 
 
-def compare(name, ours, theirs, our_arguments, their_arguments, repeats, log):
+def compare(name, ours, theirs, our_arguments, their_arguments, repeats):
   """Times both sides in turn; returns (record, our result, their result)."""
   lower = jax.jit(ours).lower(*our_arguments)
   compile_seconds, compiled = seconds(lower.compile)
@@ -175,11 +178,68 @@ def compare(name, ours, theirs, our_arguments, their_arguments, repeats, log):
     "ratio": min(their_times[1:]) / min(our_times[1:]),
     "runs": {"ours": our_times, "torch": their_times},
   }
-  log(
+  print(
     f"{name:56s} ours {record['ours_seconds']:7.2f} s (compile {compile_seconds:.1f} s)   "
-    f"torch {record['torch_seconds']:7.2f} s   torch / ours {record['ratio']:6.2f}"
+    f"torch {record['torch_seconds']:7.2f} s   torch / ours {record['ratio']:6.2f}",
+    flush=True,
   )
   return record, our_result, their_result
+
+
+def measure(args) -> dict:
+  """All comparisons with the cores that this process may use."""
+  threads, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+  torch.set_num_threads(threads)
+  torch.set_grad_enabled(False)
+  print(f"{threads} threads, load average {load:.1f}")
+
+  w, x = make_layer(args.size, args.calibration_tokens)
+  h = np.array(hessian(x))
+  x = np.ascontiguousarray(x[:: len(x) // args.tokens])
+  ours = {k: jnp.asarray(v) for k, v in {"w": w, "x": x, "h": h}.items()}
+  torch_w = torch.from_numpy(np.ascontiguousarray(w.T))
+  torch_x, torch_h = torch.from_numpy(x), torch.from_numpy(h)
+  results = {}
+  run = functools.partial(compare, repeats=args.repeats)
+
+  name = "scale search"
+  results[name], mine, theirs = run(
+    name, our_search_scale, torch_search_scale, (ours["w"], ours["x"]), (torch_w, torch_x)
+  )
+  results[name]["check"] = {"best ratio, ours": int(mine) / 20, "best ratio, torch": theirs / 20}
+  assert int(mine) == theirs, results[name]["check"]
+
+  # The published form takes minutes on the whole layer; its time grows with the output channels.
+  few = min(256, args.size)
+  for name, columns, partial_products in (
+    (f"clip search, {few} output channels, torch as published", few, broadcast_products),
+    ("clip search, torch by matrix products", args.size, matrix_products),
+  ):
+    search = functools.partial(torch_search_clip, partial_products=partial_products)
+    our_arguments, their_arguments = (
+      (ours["w"][:, :columns], ours["x"]),
+      (torch_w[:columns], torch_x),
+    )
+    results[name], mine, theirs = run(name, our_search_clip, search, our_arguments, their_arguments)
+    same = float(np.mean(np.asarray(mine).T == theirs.numpy()))
+    results[name]["check"] = {"share of equal limits": same}
+    assert same >= 0.99, same
+
+  name = "GPTQ"
+  results[name], mine, theirs = run(
+    name, our_gptq, torch_gptq, (ours["w"], ours["h"]), (torch_w, torch_h)
+  )
+  mine, theirs = np.asarray(mine.dequantize()), theirs.numpy().T
+  step = np.abs(w).max() / LEVELS
+  # e^T H e, summed over output channels: twice the output error on the calibration set.
+  error = lambda new: float(np.einsum("io,io->", w - new, h @ (w - new)))
+  ratio = error(mine) / error(theirs)
+  results[name]["check"] = {
+    "share of equal weights": float(np.mean(np.abs(mine - theirs) < 0.01 * step)),
+    "output error, ours / torch": ratio,
+  }
+  assert abs(ratio - 1) < 0.01, ratio
+  return {"load_average": {"before": load, "after": os.getloadavg()[0]}, "results": results}
 
 
 def main():
@@ -188,85 +248,48 @@ def main():
   parser.add_argument("--calibration_tokens", type=int, default=8192)
   parser.add_argument("--tokens", type=int, default=512, help="tokens the searches look at")
   parser.add_argument("--repeats", type=int, default=3, help="warm runs; the best counts")
-  parser.add_argument("--only", default="", help="run the parts whose name contains this")
   parser.add_argument(
     "--out", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".json")
   )
+  parser.add_argument("--threads", type=int, help="measure in this process (internal)")
   args = parser.parse_args()
-  threads, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
-  torch.set_num_threads(threads)
-  torch.set_grad_enabled(False)
+  if args.threads:
+    args.out.write_text(json.dumps(measure(args)))
+    return
 
-  w, x = make_layer(args.size, args.calibration_tokens)
-  h = np.array(hessian(x))
-  x = np.ascontiguousarray(x[:: len(x) // args.tokens])
-  ours = {k: jnp.asarray(v) for k, v in {"w": w, "x": x, "h": h}.items()}
-  torch_w = torch.from_numpy(np.ascontiguousarray(w.T))
-  torch_x, torch_h = torch.from_numpy(x), torch.from_numpy(h)
-
-  results, checks = {}, {}
-  run = functools.partial(compare, repeats=args.repeats, log=print)
-
-  if args.only in (name := "scale search"):
-    results[name], mine, theirs = run(
-      name, our_search_scale, torch_search_scale, (ours["w"], ours["x"]), (torch_w, torch_x)
-    )
-    checks[name] = {"best ratio, ours": int(mine) / 20, "best ratio, torch": theirs / 20}
-    assert int(mine) == theirs, checks[name]
-
-  # The published form takes minutes on the whole layer; its time grows with the output channels.
-  few = min(256, args.size)
-  for name, columns, partial_products in (
-    (f"clip search, {few} output channels, torch as published", few, broadcast_products),
-    ("clip search, torch by matrix products", args.size, matrix_products),
-  ):
-    if args.only not in name:
-      continue
-    search = functools.partial(torch_search_clip, partial_products=partial_products)
-    our_arguments, their_arguments = (
-      (ours["w"][:, :columns], ours["x"]),
-      (torch_w[:columns], torch_x),
-    )
-    results[name], mine, theirs = run(name, our_search_clip, search, our_arguments, their_arguments)
-    same = float(np.mean(np.asarray(mine).T == theirs.numpy()))
-    checks[name] = {"share of equal limits": same}
-    assert same >= 0.99, checks[name]
-
-  if args.only in (name := "GPTQ"):
-    results[name], mine, theirs = run(
-      name, our_gptq, torch_gptq, (ours["w"], ours["h"]), (torch_w, torch_h)
-    )
-    mine, theirs = np.asarray(mine.dequantize()), theirs.numpy().T
-    step = np.abs(w).max() / LEVELS
-    # e^T H e, summed over output channels: twice the output error on the calibration set.
-    error = lambda new: float(np.einsum("io,io->", w - new, h @ (w - new)))
-    checks[name] = {
-      "share of equal weights": float(np.mean(np.abs(mine - theirs) < 0.01 * step)),
-      "output error, ours / torch": error(mine) / error(theirs),
-    }
-    assert abs(checks[name]["output error, ours / torch"] - 1) < 0.01, checks[name]
-
+  # One process per number of threads, kept to as many cores: both sides, and the linear algebra
+  # libraries below them, size their thread pools by that. On a machine that others use too, the
+  # runs with one thread are the ones to believe: waiting for a late thread hurts PyTorch most.
+  cores = sorted(os.sched_getaffinity(0))
+  by_threads = {}
+  for threads in sorted({1, len(cores)}):
+    with tempfile.TemporaryDirectory() as folder:
+      out = pathlib.Path(folder) / "part.json"
+      command = [sys.executable, "-m", "benchmarks.quantization.awq_gptq_vs_torch", *sys.argv[1:]]
+      subprocess.run(
+        [*command, f"--out={out}", f"--threads={threads}"],
+        check=True,
+        preexec_fn=functools.partial(os.sched_setaffinity, 0, cores[:threads]),
+      )
+      by_threads[f"{threads} threads"] = json.loads(out.read_text())
   record = {
     "layer": [args.size, args.size],
     "bits": BITS,
     "group_size": GROUP,
     "calibration_tokens": args.calibration_tokens,
-    "tokens": len(x),
-    "results": results,
-    "checks": checks,
+    "tokens": args.tokens,
+    "warm_runs": args.repeats,
+    **by_threads,
     "environment": {
       "cpu": cpu_name(),
-      "threads": {"ours": threads, "torch": torch.get_num_threads()},
+      "cores": len(cores),
       "jax": jax.__version__,
       "torch": torch.__version__,
       "numpy": np.__version__,
       "python": platform.python_version(),
-      "repeats": args.repeats,
-      "load_average_before": load,
     },
   }
-  print(json.dumps(checks, indent=2))
-  args.out.write_text(json.dumps(record, indent=2) + "\n")
+  args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def cpu_name() -> str:

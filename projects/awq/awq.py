@@ -146,7 +146,6 @@ def search_clip(w: Array, x: Array, settings: AWQSettings) -> Array:
   x = x.reshape(x.shape[0], groups, -1)
   gram = jnp.einsum("tgi,tgj->gij", x, x, precision="highest") / x.shape[0]
   w = w.astype(jnp.float32).reshape(groups, -1, w.shape[1])
-  one_group = dataclasses.replace(settings.format, group_size=-1)
   steps = int(settings.max_shrink * settings.clip_grid)
   shrinks = jnp.array([1 - i / settings.clip_grid for i in range(steps)], jnp.float32)
 
@@ -156,7 +155,7 @@ def search_clip(w: Array, x: Array, settings: AWQSettings) -> Array:
 
     def step(best, shrink):
       limit = largest * shrink
-      error = rtn.fake_quantize(jnp.clip(w, -limit, limit), one_group) - w
+      error = rtn.fake_quantize(jnp.clip(w, -limit, limit), settings.format) - w
       loss = jnp.sum(error * _product(gram, error), axis=0)
       better = loss < best[0]
       return (jnp.where(better, loss, best[0]), jnp.where(better, limit, best[1])), None

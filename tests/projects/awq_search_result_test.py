@@ -1,0 +1,112 @@
+"""AWQ's saved search: what is read back, and what is refused."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from common.errors import UserError
+from common.quantization.quantized_array import IntegerFormat
+from projects.awq import awq, search_result
+
+SETTINGS = awq.AWQSettings(IntegerFormat(3, 16, scale_dtype=jnp.float16))
+
+
+@pytest.fixture
+def searches():
+  """Two blocks, the second without clips."""
+  value = lambda *shape: jnp.asarray(np.random.default_rng(sum(shape)).uniform(1, 2, shape))
+  return [
+    awq.BlockSearch(
+      {"mlp_norm": value(8), "mlp.up_proj": value(16)}, {"mlp.down_proj": value(2, 8)}
+    ),
+    awq.BlockSearch({"mlp_norm": value(9)}, {}),
+  ]
+
+
+def test_a_search_is_read_back(searches, tmp_path):
+  search_result.save(tmp_path / "s", searches, SETTINGS)
+  loaded, settings = search_result.load(tmp_path / "s")
+  assert settings == SETTINGS and len(loaded) == 2
+  for before, after in zip(searches, loaded):
+    for kind in ("scales", "clips"):
+      old, new = getattr(before, kind), getattr(after, kind)
+      assert old.keys() == new.keys()
+      for name, value in old.items():
+        np.testing.assert_array_equal(new[name], value)
+
+
+def test_settings_survive_saving(searches, tmp_path):
+  settings = awq.AWQSettings(
+    IntegerFormat(2, 8, symmetric=True, scale_dtype=jnp.bfloat16),
+    auto_scale=False,
+    mse_range=False,
+    scale_grid=7,
+    fixed_ratio=0.25,
+    scale_stat="max",
+    clip_grid=11,
+    max_shrink=0.3,
+    clip_tokens=99,
+  )
+  assert all(
+    getattr(settings, f.name) != getattr(SETTINGS, f.name) for f in dataclasses.fields(settings)
+  )
+  search_result.save(tmp_path / "s", searches, settings)
+  _, loaded = search_result.load(tmp_path / "s")
+  assert loaded == settings and hash(loaded) == hash(settings)
+
+
+@pytest.fixture
+def saved(searches, tmp_path):
+  search_result.save(tmp_path / "s", searches, SETTINGS)
+  return tmp_path / "s"
+
+
+def test_a_missing_search_is_a_user_error(tmp_path):
+  with pytest.raises(UserError, match="does not exist"):
+    search_result.load(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda data: b"",
+    lambda data: b"not a search result",
+    lambda data: data[: len(data) // 2],
+    lambda data: data[:-1],
+  ],
+)
+def test_a_damaged_file_is_a_user_error(damage, saved):
+  saved.write_bytes(damage(saved.read_bytes()))
+  with pytest.raises(UserError, match="is not an AWQ search result"):
+    search_result.load(saved)
+
+
+@pytest.mark.parametrize(
+  "name, metadata",
+  [
+    ("blocks.0.scale.mlp_norm", {}),
+    ("blocks.0.scale.mlp_norm", {"settings": "{", "num_blocks": "1"}),
+    ("blocks.0.scale.mlp_norm", {"settings": "[]", "num_blocks": "1"}),
+    ("blocks.0.scale.mlp_norm", {"settings": "{}", "num_blocks": "1"}),
+    ("blocks.0.scale.mlp_norm", {"settings": '{"format": 3}', "num_blocks": "1"}),
+    ("blocks.0.scale.mlp_norm", {"settings": '{"format": {"bits": 4}, "x": 1}', "num_blocks": "1"}),
+    ("blocks.0.scale.mlp_norm", {"settings": '{"format": {"bits": 4}}', "num_blocks": "many"}),
+    ("blocks.1.scale.mlp_norm", {"settings": '{"format": {"bits": 4}}', "num_blocks": "1"}),
+    ("blocks.-1.scale.mlp_norm", {"settings": '{"format": {"bits": 4}}', "num_blocks": "1"}),
+    ("blocks.0.shift.mlp_norm", {"settings": '{"format": {"bits": 4}}', "num_blocks": "1"}),
+    ("lm_head.weight", {"settings": '{"format": {"bits": 4}}', "num_blocks": "1"}),
+  ],
+)
+def test_another_safetensors_file_is_a_user_error(name, metadata, tmp_path):
+  tensors = {name: np.ones(4, np.float32)}
+  safetensors.numpy.save_file(tensors, tmp_path / "s", metadata=metadata)
+  with pytest.raises(UserError, match="is not an AWQ search result"):
+    search_result.load(tmp_path / "s")
+  # The case's own fault is what is refused, not the way that it is written here.
+  good = {"settings": '{"format": {"bits": 4}}', "num_blocks": "1"}
+  tensors = {"blocks.0.scale.mlp_norm": np.ones(4, np.float32)}
+  safetensors.numpy.save_file(tensors, tmp_path / "s", metadata=good)
+  assert search_result.load(tmp_path / "s")[0][0].scales.keys() == {"mlp_norm"}
