@@ -21,7 +21,8 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from common.checkpoints.huggingface import save_decoder
+from common import cli
+from common.checkpoints.huggingface import save_model
 from common.decoding.generation import Sampling, _generate, pad_left
 from common.models.base import RECIPES
 from common.models.decoder import Decoder, DecoderConfig
@@ -55,7 +56,7 @@ def as_transformers(model: Decoder):
 
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "model"
-    save_decoder(model, path)
+    save_model(model, path)
     return transformers.AutoModelForCausalLM.from_pretrained(path)
 
 
@@ -163,6 +164,7 @@ def generation(turns: int) -> dict:
 
 
 def main(_) -> None:
+  cli.prepare_jax()
   import torch
   import transformers
 

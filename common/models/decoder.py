@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.models.activations import ACTIVATIONS, Activation
+from common.models.linear import linear_dot_general
 from common.models.sharding import constrain
 
 Array = jax.Array
@@ -207,7 +208,14 @@ def _norm(config: DecoderConfig, features: int, rngs: nnx.Rngs):
 
 def _linear(in_features: int, out_features: int, bias: bool, rngs: nnx.Rngs) -> nnx.Linear:
   init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-  return nnx.Linear(in_features, out_features, use_bias=bias, kernel_init=init, rngs=rngs)
+  return nnx.Linear(
+    in_features,
+    out_features,
+    use_bias=bias,
+    kernel_init=init,
+    dot_general=linear_dot_general,
+    rngs=rngs,
+  )
 
 
 class Attention(nnx.Module):

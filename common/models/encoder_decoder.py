@@ -18,6 +18,7 @@ from flax import nnx
 
 from common.models.activations import ACTIVATIONS, Activation
 from common.models.encoder import bidirectional_mask
+from common.models.linear import linear_dot_general
 
 Array = jax.Array
 
@@ -299,7 +300,14 @@ class EncoderDecoder(nnx.Module):
 
 def _linear(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
   init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal")
-  return nnx.Linear(in_features, out_features, use_bias=False, kernel_init=init, rngs=rngs)
+  return nnx.Linear(
+    in_features,
+    out_features,
+    use_bias=False,
+    kernel_init=init,
+    dot_general=linear_dot_general,
+    rngs=rngs,
+  )
 
 
 def _rms_norm(config: EncoderDecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
