@@ -23,7 +23,7 @@ from flax import nnx
 
 from common import cli
 from common.checkpoints.huggingface import save_model
-from common.decoding.generation import Sampling, _generate, pad_left
+from common.decoding.generation import generate
 from common.models.base import RECIPES
 from common.models.decoder import Decoder, DecoderConfig
 from common.reporting.report import environment
@@ -128,14 +128,10 @@ def generation(turns: int) -> dict:
   model = Decoder(config, rngs=nnx.Rngs(0))
   theirs = as_transformers(model).eval()
   prompts = np.random.default_rng(0).integers(0, 256, (PROMPTS, PROMPT_LENGTH))
-  tokens, segment_ids = pad_left(prompts.tolist())
-  graphdef, state = nnx.split(model)
-  key = jax.random.key(0)
   results = {}
 
   def ours():
-    new = _generate(graphdef, state, tokens, segment_ids, key, -1, NEW_TOKENS, Sampling())
-    results["ours"] = np.asarray(new)
+    results["ours"] = np.array(generate(model, prompts.tolist(), max_new_tokens=NEW_TOKENS))
 
   def transformers_generate():
     with torch.no_grad():

@@ -30,7 +30,8 @@ class Windows(NamedTuple):
 
   Attributes:
     tokens: [num_windows, seq], int32.
-    num_bytes: [num_windows], int64. UTF-8 bytes of text in each, for bits per byte.
+    num_bytes: [num_windows], int64. UTF-8 bytes of text in each, for bits per byte; without those
+      of its first token, which nothing predicts.
   """
 
   tokens: np.ndarray
@@ -146,9 +147,8 @@ def token_windows(
   num_windows = num_windows if limit is None else min(num_windows, limit)
   shape = num_windows, seq_len
   size = num_windows * seq_len
-  return Windows(
-    encoded.tokens[:size].reshape(shape), encoded.num_bytes[:size].reshape(shape).sum(1)
-  )
+  num_bytes = encoded.num_bytes[:size].reshape(shape)[:, 1:].sum(1)
+  return Windows(encoded.tokens[:size].reshape(shape), num_bytes)
 
 
 def calibration_samples(

@@ -2,12 +2,16 @@
 
 Prompts, or the sources of an encoder-decoder, are left-padded to a common length, so that every
 row appends at the same cache slot. One compilation serves every call with the same padded length,
-batch and number of new tokens.
+batch and number of new tokens. The cache is made for exactly these, so that it cannot overflow.
+
+`prepare`, `start` and `step` are what `streaming.py` and `beam_search.py` build on too.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,7 @@ from flax import nnx
 
 from common.errors import UserError
 from common.models.decoder import Decoder, KVCache
-from common.models.encoder_decoder import EncoderDecoder
+from common.models.encoder_decoder import DecoderCache, EncoderDecoder
 
 Array = jax.Array
 
@@ -80,154 +84,204 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   return tokens, segment_ids
 
 
+class Progress(NamedTuple):
+  """What the next step of a model needs besides the token.
+
+  Attributes:
+    cache: of the tokens so far.
+    positions: int32 [batch], of the next token of each row. An encoder-decoder, whose targets have
+      no padding, does not read it.
+  """
+
+  cache: KVCache | DecoderCache
+  positions: Array
+
+
+class Sampled(NamedTuple):
+  """What generation goes on from.
+
+  Attributes:
+    progress: without `token`.
+    key: for the tokens to come.
+    token: int32 [batch], the last token of each row; a row that stopped keeps its stop token.
+  """
+
+  progress: Progress
+  key: Array
+  token: Array
+
+
 def generate(
-  model: Decoder,
+  model: Decoder | EncoderDecoder,
   prompts: Sequence[Sequence[int]],
   *,
   max_new_tokens: int,
   key: Array | None = None,
   sampling: Sampling | None = None,
-  stop_token: int | None = None,
+  stop_tokens: int | Sequence[int] | None = None,
 ) -> list[list[int]]:
-  """Continues every prompt.
+  """Continues every prompt, or generates a target for every source.
 
   Args:
-    model: a decoder, quantized or not.
-    prompts: token ids, of any lengths.
+    model: a decoder or an encoder-decoder, quantized or not.
+    prompts: token ids, of any lengths; the sources of an encoder-decoder.
     max_new_tokens: tokens to add at most.
     key: for sampling; not needed when greedy.
     sampling: greedy by default.
-    stop_token: ends a row; not part of the output.
+    stop_tokens: each ends a row and is not part of the output. By default none for a decoder, and
+      the end-of-sequence token of an encoder-decoder.
 
   Returns:
     The new tokens of each row.
 
   Raises:
     UserError: a prompt is empty or has a token that the model lacks, `max_new_tokens` is not
-      positive, or the text would not fit into the model's positions.
+      positive, the text would not fit into the model's positions, or the model lacks a stop token.
+    ValueError: sampling without a key.
   """
-  sampling = sampling or Sampling()
-  if sampling.temperature > 0 and key is None:
-    raise ValueError("sampling with a temperature needs a key")
-  tokens, segment_ids = _checked(prompts, max_new_tokens, model.config.vocab_size)
-  limit = model.config.max_position_embeddings
-  longest = max(map(len, prompts)) + max_new_tokens
-  if model.config.position == "learned" and longest > limit:
-    raise UserError(f"prompt and new tokens take {longest} positions; the model has {limit}")
-  key = jax.random.key(0) if key is None else key
+  sampling, key = sampling_and_key(sampling, key)
+  tokens, segment_ids, stop = prepare(model, prompts, max_new_tokens, stop_tokens)
   graphdef, state = nnx.split(model)
-  stop = -1 if stop_token is None else stop_token
   new = _generate(graphdef, state, tokens, segment_ids, key, stop, max_new_tokens, sampling)
-  return _cut(new, stop)
+  return [until_stop(row, stop) for row in np.asarray(new).tolist()]
 
 
-def generate_seq2seq(
-  model: EncoderDecoder,
-  sources: Sequence[Sequence[int]],
-  *,
-  max_new_tokens: int,
-  key: Array | None = None,
-  sampling: Sampling | None = None,
-) -> list[list[int]]:
-  """Generates a target for every source, until the model's end-of-sequence token.
-
-  Args:
-    model: an encoder-decoder.
-    sources: token ids, of any lengths.
-    max_new_tokens: tokens to generate at most.
-    key: for sampling; not needed when greedy.
-    sampling: greedy by default.
-
-  Returns:
-    The tokens of each target, without the start and the end token.
+def sampling_and_key(sampling: Sampling | None, key: Array | None) -> tuple[Sampling, Array]:
+  """The defaults of both: greedy, which needs no key.
 
   Raises:
-    UserError: a source is empty or has a token that the model lacks, or `max_new_tokens` is not
-      positive.
+    ValueError: sampling without a key.
   """
   sampling = sampling or Sampling()
   if sampling.temperature > 0 and key is None:
     raise ValueError("sampling with a temperature needs a key")
-  tokens, segment_ids = _checked(sources, max_new_tokens, model.config.vocab_size)
-  key = jax.random.key(0) if key is None else key
-  graphdef, state = nnx.split(model)
-  new = _generate_seq2seq(graphdef, state, tokens, segment_ids, key, max_new_tokens, sampling)
-  return _cut(new, model.config.eos_token_id)
+  return sampling, jax.random.key(0) if key is None else key
 
 
-def _checked(prompts, max_new_tokens: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def prepare(
+  model: Decoder | EncoderDecoder,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+  stop_tokens: int | Sequence[int] | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Checks what every kind of generation is given, and pads the prompts.
+
+  Returns:
+    tokens and segment_ids as of `pad_left`, and the stop tokens, int32 [stops]; [-1] for none.
+
+  Raises:
+    UserError: see `generate`.
+  """
+  config = model.config
   tokens, segment_ids = pad_left(prompts)
   if max_new_tokens < 1:
     raise UserError(f"max_new_tokens={max_new_tokens} must be positive")
-  if tokens.min() < 0 or tokens.max() >= vocab_size:
+  if tokens.min() < 0 or tokens.max() >= config.vocab_size:
     # The embedding of such a token would be NaN.
     raise UserError(
-      f"prompts have tokens {tokens.min()} to {tokens.max()}; the model has 0 to {vocab_size - 1}: "
-      "is the tokenizer another model's?"
+      f"prompts have tokens {tokens.min()} to {tokens.max()}; the model has 0 to "
+      f"{config.vocab_size - 1}: is the tokenizer another model's?"
     )
-  return tokens, segment_ids
+  if isinstance(model, EncoderDecoder):
+    stop_tokens = config.eos_token_id if stop_tokens is None else stop_tokens
+  elif config.position == "learned":
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > config.max_position_embeddings:
+      raise UserError(
+        f"prompt and new tokens take {longest} positions; the model has "
+        f"{config.max_position_embeddings}: shorten the prompts or lower max_new_tokens"
+      )
+  stop = np.atleast_1d(np.asarray(() if stop_tokens is None else stop_tokens, np.int32))
+  if not len(stop):
+    return tokens, segment_ids, np.array([-1], np.int32)
+  if stop.min() < 0 or stop.max() >= config.vocab_size:
+    raise UserError(
+      f"stop_tokens={stop.tolist()}: the model has tokens 0 to {config.vocab_size - 1}: is the "
+      "tokenizer another model's?"
+    )
+  return tokens, segment_ids, stop
 
 
-def _cut(new: Array, stop: int) -> list[list[int]]:
-  rows = np.asarray(new).tolist()
-  return [row[: row.index(stop)] if stop in row else row for row in rows]
+def start(
+  model: Decoder | EncoderDecoder, tokens: Array, segment_ids: Array, max_new_tokens: int
+) -> tuple[Array, Progress]:
+  """Reads the prompts.
 
+  Args:
+    tokens, segment_ids: int32 [batch, seq], padded on the left.
+    max_new_tokens: for which the cache has room.
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def _generate_seq2seq(graphdef, state, tokens, segment_ids, key, max_new_tokens, sampling):
-  model = nnx.merge(graphdef, state)
-  config = model.config
-  cache = model.start(tokens, segment_ids=segment_ids, max_length=max_new_tokens)
-
-  def step(cache, token):
-    logits, cache = nnx.merge(graphdef, state).decode(token[:, None], cache)
-    return logits[:, 0], cache
-
-  start = jnp.full(len(tokens), config.decoder_start_token_id, jnp.int32)
-  logits, cache = step(cache, start)
-  return _continue(step, logits, cache, key, config.eos_token_id, max_new_tokens, sampling)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def _generate(graphdef, state, tokens, segment_ids, key, stop, max_new_tokens, sampling):
+  Returns:
+    logits of the first new token, float32 [batch, vocab], and what `step` goes on from.
+  """
   batch, length = tokens.shape
-  model = nnx.merge(graphdef, state)
+  if isinstance(model, EncoderDecoder):
+    cache = model.start(tokens, segment_ids=segment_ids, max_length=max_new_tokens)
+    first = jnp.full(batch, model.config.decoder_start_token_id, jnp.int32)
+    return step(model, Progress(cache, jnp.zeros(batch, jnp.int32)), first)
   dtype = model.embed_tokens.embedding.dtype
   cache = KVCache.empty(model.config, batch, length + max_new_tokens, dtype)
   positions = jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0)
   logits, cache = model(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
-
-  def step(carry, token):
-    position, cache = carry
-    model = nnx.merge(graphdef, state)
-    logits, cache = model(token[:, None], positions=position[:, None], cache=cache)
-    return logits[:, 0], (position + 1, cache)
-
-  carry = (positions[:, -1] + 1, cache)
-  return _continue(step, logits[:, -1], carry, key, stop, max_new_tokens, sampling)
+  return logits[:, -1], Progress(cache, positions[:, -1] + 1)
 
 
-def _continue(step, logits, carry, key, stop, max_new_tokens, sampling):
-  """New tokens int32 [batch, max_new_tokens]; what follows a stop token repeats it.
+def step(
+  model: Decoder | EncoderDecoder, progress: Progress, token: Array
+) -> tuple[Array, Progress]:
+  """Appends int32 [batch] tokens; the next tokens' logits, float32 [batch, vocab]."""
+  cache, positions = progress
+  if isinstance(model, EncoderDecoder):
+    logits, cache = model.decode(token[:, None], cache)
+  else:
+    logits, cache = model(token[:, None], positions=positions[:, None], cache=cache)
+  return logits[:, 0], Progress(cache, positions + 1)
 
-  Args:
-    step: (carry, tokens int32 [batch]) -> (logits of the next tokens [batch, vocab], carry).
-    logits: of the first new token, [batch, vocab].
-    carry: for the first call of `step`.
-  """
+
+def is_stop(tokens: Array, stop: Array) -> Array:
+  """bool, of the shape of `tokens`. stop: int32 [stops]."""
+  return jnp.any(tokens[..., None] == stop, axis=-1)
+
+
+def until_stop(row: list[int], stop: np.ndarray) -> list[int]:
+  """The row's tokens before its first stop token."""
+  stops = set(stop.tolist())
+  return list(itertools.takewhile(lambda token: token not in stops, row))
+
+
+def first_token(model, tokens, segment_ids, key, max_new_tokens: int, sampling: Sampling):
+  """Reads the prompts and samples the first token of each row. Returns `Sampled`."""
+  logits, progress = start(model, tokens, segment_ids, max_new_tokens)
   key, use = jax.random.split(key)
-  token = sample(logits, use, sampling)
-  new = jnp.full((len(token), max_new_tokens), stop, jnp.int32).at[:, 0].set(token)
+  return Sampled(progress, key, sample(logits, use, sampling))
+
+
+def advance(
+  graphdef, state, sampled: Sampled, new: Array, first, end, stop: Array, sampling: Sampling
+) -> tuple[Sampled, Array]:
+  """Samples the columns `first` to `end` of the tokens `new`, int32 [batch, columns].
+
+  A row that stopped repeats its stop token; once all have, the other columns stay as they are.
+  """
 
   def unfinished(loop):
-    i, _, _, token, _ = loop
-    return (i < max_new_tokens) & jnp.any(token != stop)
+    i, sampled, _ = loop
+    return (i < end) & ~jnp.all(is_stop(sampled.token, stop))
 
   def decode(loop):
-    i, carry, key, token, new = loop
-    logits, carry = step(carry, token)
+    i, (progress, key, token), new = loop
+    logits, progress = step(nnx.merge(graphdef, state), progress, token)
     key, use = jax.random.split(key)
-    token = jnp.where(token == stop, stop, sample(logits, use, sampling))
-    return i + 1, carry, key, token, new.at[:, i].set(token)
+    token = jnp.where(is_stop(token, stop), token, sample(logits, use, sampling))
+    return i + 1, Sampled(progress, key, token), new.at[:, i].set(token)
 
-  return jax.lax.while_loop(unfinished, decode, (1, carry, key, token, new))[-1]
+  return jax.lax.while_loop(unfinished, decode, (first, sampled, new))[1:]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+def _generate(graphdef, state, tokens, segment_ids, key, stop, max_new_tokens, sampling):
+  """New tokens int32 [batch, max_new_tokens]; only those before a stop token are meant."""
+  model = nnx.merge(graphdef, state)
+  sampled = first_token(model, tokens, segment_ids, key, max_new_tokens, sampling)
+  new = jnp.full((len(tokens), max_new_tokens), stop[0], jnp.int32).at[:, 0].set(sampled.token)
+  return advance(graphdef, state, sampled, new, 1, max_new_tokens, stop, sampling)[1]

@@ -1,17 +1,12 @@
 """Multiple choice by log-likelihood, as EleutherAI's harness scores it: no generation."""
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-Array = jax.Array
-
-_LENGTH_BUCKET = 32
+from common.evaluation.log_likelihood import log_likelihoods
 
 
 class Question(NamedTuple):
@@ -21,11 +16,14 @@ class Question(NamedTuple):
     context: at least one token.
     choices: each at least one token.
     answer: index of the right one.
+    num_chars: characters of each choice's text, by which `accuracy_norm` divides, as the harness
+      does. None divides by tokens, which depends on the tokenizer.
   """
 
   context: Sequence[int]
   choices: Sequence[Sequence[int]]
   answer: int
+  num_chars: Sequence[int] | None = None
 
 
 class ChoiceAccuracy(NamedTuple):
@@ -33,7 +31,7 @@ class ChoiceAccuracy(NamedTuple):
 
   Attributes:
     accuracy: by the sum over the choice's tokens.
-    accuracy_norm: by the mean over the choice's tokens.
+    accuracy_norm: by the sum over the choice's tokens divided by its length, see `Question`.
     num_questions: how many were asked.
   """
 
@@ -53,29 +51,21 @@ def choice_accuracy(
     batch_size: (question, choice) rows per forward pass.
 
   Raises:
-    ValueError: there is no question, or a context or choice is empty.
+    ValueError: there is no question, or a context or choice is empty, or `num_chars` is not one
+      positive number per choice.
   """
   rows = [(q.context, choice) for q in questions for choice in q.choices]
-  if not rows or not all(len(context) and len(choice) for context, choice in rows):
-    raise ValueError("choice_accuracy needs questions with non-empty contexts and choices")
-  longest = max(len(context) + len(choice) for context, choice in rows)
-  # Whole batches of one length: one compilation.
-  shape = len(rows) + -len(rows) % batch_size, longest + -longest % _LENGTH_BUCKET
-  tokens, segment_ids, scored = (np.zeros(shape, np.int32) for _ in range(3))
-  for row, (context, choice) in enumerate(rows):
-    end = len(context) + len(choice)
-    tokens[row, :end] = [*context, *choice]
-    segment_ids[row, :end] = 1
-    scored[row, len(context) : end] = 1
-  graphdef, state = nnx.split(model)
-  batches = [
-    x.reshape(-1, batch_size, shape[1]) for x in map(np.asarray, (tokens, segment_ids, scored))
-  ]
-  totals = np.concatenate([_log_likelihood(graphdef, state, *batch) for batch in zip(*batches)])
+  if not rows:
+    raise ValueError("choice_accuracy needs questions with choices")
+  for q in questions:
+    if q.num_chars is not None and (len(q.num_chars) != len(q.choices) or min(q.num_chars) < 1):
+      raise ValueError(f"num_chars={q.num_chars}: expected {len(q.choices)} positive numbers")
+  totals = [total for total, _ in log_likelihoods(model, rows, batch_size=batch_size)]
   right, right_norm, row = 0, 0, 0
   for question in questions:
     sums = totals[row : row + len(question.choices)]
-    means = sums / np.array([len(choice) for choice in question.choices])
+    sizes = question.num_chars or [len(choice) for choice in question.choices]
+    means = np.divide(sums, sizes)
     right += int(np.argmax(sums) == question.answer)
     right_norm += int(np.argmax(means) == question.answer)
     row += len(question.choices)
@@ -104,12 +94,3 @@ def continuation_questions(
     choices = [windows[row, -choice_length:].tolist() for row in rows]
     questions.append(Question(window[:-choice_length].tolist(), choices, answer))
   return questions
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _log_likelihood(graphdef, state, tokens, segment_ids, scored) -> Array:
-  """Sum of log p over the tokens marked in `scored`, float32 [rows]; all inputs [rows, seq]."""
-  logits, _ = nnx.merge(graphdef, state)(tokens, segment_ids=segment_ids)
-  log_probs = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-  picked = jnp.take_along_axis(log_probs, tokens[:, 1:, None], axis=-1)[..., 0]
-  return jnp.sum(picked * scored[:, 1:], axis=1)

@@ -21,7 +21,8 @@ class WindowLosses:
   Attributes:
     nll: nats per window, summed over its predicted tokens, float64 [windows].
     tokens: predicted tokens per window (its length - 1).
-    num_bytes: bytes of text per window [windows], or None.
+    num_bytes: bytes of text of the predicted tokens per window [windows], or None. The first token
+      of a window is not predicted: its bytes do not count.
   """
 
   nll: np.ndarray
@@ -59,7 +60,7 @@ def window_losses(
   Args:
     model: a decoder; called as model(tokens) -> (logits [batch, seq, vocab], cache).
     windows: int32 [windows, seq].
-    num_bytes: bytes of text per window [windows], for bits per byte.
+    num_bytes: bytes of text of all tokens but a window's first [windows], for bits per byte.
     batch_size: windows per forward pass.
 
   Raises:

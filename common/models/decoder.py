@@ -384,9 +384,17 @@ def make_context(
     config: the decoder's.
     positions, segment_ids: int32 [batch, seq] of the new tokens.
     cache: the cache before the pass; its own fields are not modified.
+
+  Raises:
+    ValueError: the cache has fewer slots than there are new tokens. (How many of them are taken is
+      known on the device only: whoever makes the cache sees to it that the tokens fit.)
   """
   key_positions, key_segments, offset = positions, segment_ids, jnp.zeros((), jnp.int32)
   if cache is not None:
+    if positions.shape[1] > cache.positions.shape[1]:
+      raise ValueError(
+        f"{positions.shape[1]} tokens do not fit into a cache of {cache.positions.shape[1]}"
+      )
     offset = cache.length
     write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, offset, axis=1)
     key_positions = write(cache.positions, positions)

@@ -14,7 +14,11 @@ from common.decoding.generation import Sampling, generate, pad_left, sample
 from common.errors import UserError
 from common.quantization.calibration import rtn_block
 from common.quantization.quantized_array import IntegerFormat
-from tests.common.quantization.small_decoders import ARCHITECTURES, random_decoder
+from tests.common.quantization.small_decoders import (
+  ARCHITECTURES,
+  random_decoder,
+  random_encoder_decoder,
+)
 
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [9]]
 
@@ -50,12 +54,62 @@ def test_a_stop_token_ends_its_row_only():
   model = random_decoder(ARCHITECTURES["llama"])
   free = generate(model, PROMPTS, max_new_tokens=8)
   stop = free[0][2]
-  stopped = generate(model, PROMPTS, max_new_tokens=8, stop_token=stop)
+  stopped = generate(model, PROMPTS, max_new_tokens=8, stop_tokens=[stop])
   for a, b in zip(free, stopped):
     assert b == (a[: a.index(stop)] if stop in a else a)
   # A row may stop before its first token.
   first = free[1][0]
-  assert generate(model, PROMPTS, max_new_tokens=8, stop_token=first)[1] == []
+  assert generate(model, PROMPTS, max_new_tokens=8, stop_tokens=first)[1] == []
+
+
+@pytest.mark.parametrize("architecture", ["llama", "t5"])
+def test_each_of_several_stop_tokens_ends_a_row(architecture):
+  model = (
+    random_encoder_decoder()
+    if architecture == "t5"
+    else random_decoder(ARCHITECTURES[architecture])
+  )
+  free = generate(model, PROMPTS, max_new_tokens=8, stop_tokens=[])
+  assert [len(row) for row in free] == [8] * 3
+  stops = [free[0][2], free[1][5], free[2][0]]
+  stopped = generate(model, PROMPTS, max_new_tokens=8, stop_tokens=stops)
+  for a, b in zip(free, stopped):
+    assert b == a[: min(a.index(stop) for stop in stops if stop in a)]
+  assert stopped[2] == []
+
+
+def test_the_loop_ends_when_all_rows_have_stopped():
+  model = random_decoder(ARCHITECTURES["llama"])
+  tokens, segment_ids, _ = generation.prepare(model, PROMPTS, 8, None)
+  graphdef, state = nnx.split(model)
+  run = lambda stop: np.asarray(
+    generation._generate(
+      graphdef, state, tokens, segment_ids, jax.random.key(0), stop, 8, Sampling()
+    )
+  )
+  free = run(np.array([-1, -1, -1]))
+  stops = np.array([free[0][2], free[1][3], free[2][0]])
+  for a, b in zip(free, run(stops)):
+    end = next(i for i, token in enumerate(a) if token in stops)
+    assert b[: end + 1].tolist() == a[: end + 1].tolist()
+    # A stopped row repeats its token while others go on; then the loop leaves what was there.
+    assert {*b[end:4]} == {a[end]} and {*b[4:]} == {stops[0]}
+
+
+def test_an_encoder_decoder_stops_at_its_end_token_by_default():
+  model = random_encoder_decoder()
+  free = generate(model, PROMPTS, max_new_tokens=8, stop_tokens=[])
+  end = free[0][3]
+  stopped = generate(random_encoder_decoder(eos_token_id=end), PROMPTS, max_new_tokens=8)
+  assert stopped == [row[: row.index(end)] if end in row else row for row in free]
+
+
+def test_a_full_bucket_and_all_new_tokens_fit_into_the_cache():
+  model = random_decoder(ARCHITECTURES["llama"])
+  prompt = list(range(generation.PROMPT_BUCKET))
+  (new,) = generate(model, [prompt], max_new_tokens=5)
+  logits = nnx.jit(lambda model, tokens: model(tokens)[0])(model, jnp.array([prompt + new]))[0]
+  assert jnp.argmax(logits, axis=-1)[len(prompt) - 1 : -1].tolist() == new
 
 
 def test_one_compilation_per_bucket():
@@ -136,6 +190,8 @@ def test_padding_is_on_the_left():
     lambda m: generate(m, [[1], [64]], max_new_tokens=2),  # The model has tokens 0 to 63.
     lambda m: generate(m, [[1, -1]], max_new_tokens=2),
     lambda m: generate(m, [[1] * 30], max_new_tokens=9),  # The model has 32 positions.
+    lambda m: generate(m, [[1]], max_new_tokens=2, stop_tokens=[3, 64]),
+    lambda m: generate(m, [[1]], max_new_tokens=2, stop_tokens=-1),
     lambda m: Sampling(temperature=-1.0),
     lambda m: Sampling(top_p=0.0),
     lambda m: Sampling(top_p=1.1),
@@ -161,7 +217,7 @@ def test_decoding_holds_no_dequantized_copy_of_the_model():
   graphdef, state = nnx.split(model)
   tokens, segment_ids = pad_left([[1, 2, 3]])
   compiled = generation._generate.lower(
-    graphdef, state, tokens, segment_ids, jax.random.key(0), -1, 8, Sampling()
+    graphdef, state, tokens, segment_ids, jax.random.key(0), np.array([-1]), 8, Sampling()
   ).compile()
   block_weights = 8 * (4 * 128 * 128 + 3 * 128 * 256)
   # Room for activations and a few layers' weights at a time, but not for all of them in float32.

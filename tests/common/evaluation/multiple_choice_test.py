@@ -42,6 +42,18 @@ def test_against_scoring_one_by_one(model):
   assert [np.argmax(r) for r in sums] != [np.argmax(r) for r in means]
 
 
+def test_characters_decide_the_normalized_accuracy(model):
+  context, choices = [1, 2, 3], [[4, 5], [6, 7, 8]]
+  sums = [log_likelihood(model, context, c) for c in choices]
+  for num_chars in ([1, 1000], [1000, 1]):
+    answer = int(np.argmax(np.array(sums) / num_chars))
+    result = choice_accuracy(model, [Question(context, choices, answer, num_chars)], batch_size=2)
+    assert result.accuracy_norm == 1 and answer == num_chars.index(1000)
+  for num_chars in ([1], [1, 0]):
+    with pytest.raises(ValueError, match="2 positive numbers"):
+      choice_accuracy(model, [Question(context, choices, 0, num_chars)])
+
+
 def test_continuation_questions():
   windows = random_tokens(ARCHITECTURES["llama"], 6, 12)
   questions = continuation_questions(windows, choice_length=4, num_choices=3, seed=0)

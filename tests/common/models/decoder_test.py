@@ -237,6 +237,13 @@ def test_some_layers_without_the_window():
   assert np.abs(run(model, tokens) - run(model, changed))[0, 11].max() > 1e-4
 
 
+def test_more_tokens_than_the_cache_has_slots_are_refused():
+  model = random_decoder(ARCHITECTURES["llama"])
+  cache = KVCache.empty(model.config, 1, 4)
+  with pytest.raises(ValueError, match="5 tokens do not fit into a cache of 4"):
+    model(jnp.zeros((1, 5), jnp.int32), cache=cache)
+
+
 def test_heads_must_share_keys_evenly():
   with pytest.raises(ValueError, match="num_heads=4 is no multiple of 3"):
     dataclasses.replace(ARCHITECTURES["llama"], num_kv_heads=3)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from common.decoding import generation
-from common.decoding.generation import Sampling, generate_seq2seq
+from common.decoding.generation import Sampling, generate
 from common.errors import UserError
 from common.models.encoder_decoder import (
   EncoderDecoder,
@@ -150,18 +150,18 @@ def test_generation_equals_an_argmax_loop():
   config = dataclasses.replace(CONFIG, tie_word_embeddings=False, eos_token_id=25)
   model = EncoderDecoder(config, rngs=nnx.Rngs(9))
   sources = random_tokens(8, SOURCE).tolist()
-  compiled = generation._generate_seq2seq._cache_size()
-  generated = generate_seq2seq(model, sources, max_new_tokens=TARGET)
+  compiled = generation._generate._cache_size()
+  generated = generate(model, sources, max_new_tokens=TARGET)
   assert generated == [argmax_loop(model, source, TARGET) for source in sources]
   assert sorted(len(row) == TARGET for row in generated) == [False, True]  # One row ended early.
   # Other lengths of the same bucket do not compile again; a row does not depend on its neighbours.
-  again = generate_seq2seq(model, [[4] * 20, sources[1]], max_new_tokens=TARGET)
+  again = generate(model, [[4] * 20, sources[1]], max_new_tokens=TARGET)
   assert again[1] == generated[1]
-  assert generation._generate_seq2seq._cache_size() == compiled + 1
+  assert generation._generate._cache_size() == compiled + 1
 
 
 def test_sampling_depends_on_its_key_alone(model):
-  draw = lambda seed: generate_seq2seq(
+  draw = lambda seed: generate(
     model,
     [[5, 6, 7]] * 2,
     max_new_tokens=TARGET,
@@ -172,6 +172,6 @@ def test_sampling_depends_on_its_key_alone(model):
   assert first == draw(0) and first != draw(1)
   assert first[0] != first[1]
   with pytest.raises(ValueError, match="needs a key"):
-    generate_seq2seq(model, [[5]], max_new_tokens=1, sampling=Sampling(temperature=1.0))
+    generate(model, [[5]], max_new_tokens=1, sampling=Sampling(temperature=1.0))
   with pytest.raises(UserError, match="at least one token"):
-    generate_seq2seq(model, [[5], []], max_new_tokens=1)
+    generate(model, [[5], []], max_new_tokens=1)

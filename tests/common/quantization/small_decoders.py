@@ -5,6 +5,7 @@ import numpy as np
 from flax import nnx
 
 from common.models.decoder import Decoder, DecoderConfig
+from common.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 
 _BASE = {
   "vocab_size": 64,
@@ -69,6 +70,22 @@ def random_module(make, seed: int = 0, dtype=jnp.float32):
 
 def random_decoder(config: DecoderConfig, seed: int = 0, dtype=jnp.float32) -> Decoder:
   return random_module(lambda: Decoder(config, rngs=nnx.Rngs(0)), seed, dtype)
+
+
+def random_encoder_decoder(seed: int = 0, **changes) -> EncoderDecoder:
+  """A T5 of one layer on either side; `changes` of its config."""
+  config = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_layers": 1,
+    "num_decoder_layers": 1,
+    "num_heads": 2,
+    "head_dim": 8,
+    "tie_word_embeddings": False,
+  }
+  config = EncoderDecoderConfig(**config | changes)
+  return random_module(lambda: EncoderDecoder(config, rngs=nnx.Rngs(0)), seed)
 
 
 def random_tokens(config: DecoderConfig, samples: int = 4, seq: int = 16, seed: int = 0):
