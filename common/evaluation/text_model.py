@@ -186,9 +186,18 @@ class TextModel:
           sampling=sampling,
           stop_tokens=self._stop_token,
         )
-        for (i, _), tokens in zip(batch, new):
-          results[i] = cut(self._tokenizer.decode(tokens), requests[i][1].until)
+        for (i, prompt), tokens in zip(batch, new):
+          results[i] = cut(self._decode_after(prompt, tokens), requests[i][1].until)
     return results
+
+  def _decode_after(self, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+    """Text of tokens that follow a prompt.
+
+    Decoded alone they would be a text's beginning, from which Llama's decoder drops a space: the
+    first line of a program would lose its indentation.
+    """
+    before = self._tokenizer.decode(prompt[-1:])
+    return self._tokenizer.decode([*prompt[-1:], *tokens])[len(before) :]
 
 
 def cut(text: str, until: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.evaluation import gsm8k
 from common.evaluation.gsm8k import Problem
 from common.models.decoder import DecoderConfig
-from tests.common.quantization.small_decoders import random_decoder
+from tests.common.models.small_decoders import random_decoder
 
 SHOT = Problem("What is 3 times 14?", "It is 3 * 14 = <<3*14=42>>42.\n#### 42")
 

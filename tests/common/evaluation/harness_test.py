@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.evaluation.harness import generation, harness_model
 from common.evaluation.text_model import Generation, TextModel
 from common.models.decoder import DecoderConfig
-from tests.common.quantization.small_decoders import random_decoder
+from tests.common.models.small_decoders import random_decoder
 
 PAIRS = [("def f", "(x):"), ("a b ", "c"), ("", "import os"), ("return", " self")]
 

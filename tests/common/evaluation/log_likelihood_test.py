@@ -7,7 +7,7 @@ import pytest
 from common.errors import UserError
 from common.evaluation import log_likelihood
 from common.evaluation.log_likelihood import bucket_length, log_likelihoods
-from tests.common.quantization.small_decoders import ARCHITECTURES, logits, random_decoder
+from tests.common.models.small_decoders import ARCHITECTURES, logits, random_decoder
 
 
 @pytest.fixture(scope="module")

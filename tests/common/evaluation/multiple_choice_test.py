@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from common.evaluation.multiple_choice import Question, choice_accuracy, continuation_questions
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
   random_decoder,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from common.evaluation.perplexity import WindowLosses, paired_difference, window_losses
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
   random_decoder,

@@ -3,13 +3,14 @@
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from common.data.tokenizer import load_tokenizer
 from common.decoding.generation import Sampling
 from common.errors import UserError
 from common.evaluation.text_model import Generation, TextModel, cut
 from common.models.decoder import DecoderConfig
-from tests.common.quantization.small_decoders import logits, random_decoder
+from tests.common.models.small_decoders import logits, random_decoder
 
 LENGTH = 40
 PAIRS = [("def f", "(x):"), ("a b ", "c"), ("", "import os"), ("x " * 60, "y"), ("return", " self")]
@@ -92,6 +93,26 @@ def test_generate_until(text_model):
   assert len({text_model.generate_until([("a", sampled)])[0] for _ in range(4)}) > 1
   with pytest.raises(UserError, match="no room"):
     text_model.generate_until([("a", wanted._replace(max_new_tokens=LENGTH))])
+
+
+def test_new_text_keeps_its_first_spaces(model, monkeypatch):
+  vocab = {"<s>": 0, "a": 1, "\u2581b": 2, "\u2581": 3, "\u2581\u2581\u2581": 4}
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, "<s>"))
+  tokenizer.add_special_tokens(["<s>"])
+  # As of Llama's tokenizer: a text loses the space that stands for its beginning.
+  tokenizer.decoder = tokenizers.decoders.Sequence(
+    [
+      tokenizers.decoders.Replace("\u2581", " "),
+      tokenizers.decoders.Fuse(),
+      tokenizers.decoders.Strip(" ", 1, 0),
+    ]
+  )
+  new = [4, 2, 1]
+  assert tokenizer.decode(new) == "   ba"  # Of four.
+  monkeypatch.setattr("common.evaluation.text_model.generate", lambda *args, **kwargs: [new])
+  text_model = TextModel(model, tokenizer, prefix_token=0)
+  wanted = Generation((), 3, Sampling())
+  assert text_model.generate_until([("a", wanted)]) == ["    ba"]
 
 
 def test_cut():
