@@ -37,8 +37,9 @@ def to_orbax(source: pathlib.Path, target: pathlib.Path) -> None:
   """
   from flax import nnx
 
-  from common.checkpoints.huggingface import TOKENIZER_FILES, Checkpoint
+  from common.checkpoints.huggingface import Checkpoint
   from common.checkpoints.orbax import save_params
+  from common.checkpoints.shards import TOKENIZER_FILES
   from common.checkpoints.tensors import tensor_name
 
   checkpoint = Checkpoint(source)
@@ -68,6 +69,7 @@ def to_huggingface(source: pathlib.Path, target: pathlib.Path) -> None:
 
   from common.checkpoints import huggingface
   from common.checkpoints.orbax import load_metadata, load_params
+  from common.checkpoints.shards import CheckpointWriter
   from common.checkpoints.tensors import bare_names, tensor_name, to_hf
 
   metadata = load_metadata(source)
@@ -85,7 +87,7 @@ def to_huggingface(source: pathlib.Path, target: pathlib.Path) -> None:
   params, _ = load_params(source, nnx.to_pure_dict(nnx.State.from_flat_path(stored)))
   nnx.replace_by_pure_dict(state, params)
   nnx.update(model, state)
-  with huggingface.CheckpointWriter(target, hf_config, tokenizer_from=source) as writer:
+  with CheckpointWriter(target, hf_config, tokenizer_from=source) as writer:
     writer.add(bare_names(family, hf_config, to_hf(model, config)))
 
 

@@ -1,8 +1,7 @@
-"""Hugging Face checkpoint directories: config.json and safetensors, read and written in parts.
+"""Hugging Face checkpoint directories as models: config.json and the tensors, read in parts.
 
-Nothing is unpickled: a directory with only PyTorch `.bin` files is refused. `Checkpoint` reads one
-block at a time, so a checkpoint larger than memory can be streamed; `CheckpointWriter` writes
-shards as they come and makes the directory appear only when it is complete.
+`Checkpoint` reads one block at a time, so a checkpoint larger than memory can be streamed. The
+files themselves are the business of `shards`.
 """
 
 import collections
@@ -10,39 +9,20 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import nnx
 
 from common.checkpoints.families import FAMILIES
 from common.checkpoints.family import Family
+from common.checkpoints.shards import CheckpointWriter, open_file, some, tensor_files
 from common.checkpoints.tensors import bare_names, canonical_names, from_hf, tensor_name, to_hf
 from common.errors import UserError
 from common.models.decoder import Block, Decoder, DecoderConfig
-
-INDEX_NAME = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "tokenizer.model",
-  "spiece.model",
-  "vocab.json",
-  "vocab.txt",
-  "merges.txt",
-  "added_tokens.json",
-  "special_tokens_map.json",
-  "chat_template.jinja",
-  "preprocessor_config.json",
-  "generation_config.json",
-)
 
 
 class Checkpoint:
@@ -53,24 +33,27 @@ class Checkpoint:
     hf_config: config.json as a dict.
     family: how its config and tensors are spelled.
     config: our model's config.
+    quantization: config.json's `quantization_config`, None for a checkpoint in full precision.
     files: tensor name -> the safetensors file that holds it. A name is the one of `tensor_name`,
       whatever older spelling the file has.
 
   Raises:
     UserError: the directory, its config or its weights are missing, damaged or of an unsupported
-      kind; tensors are missing or unexpected (they are named).
+      kind, quantized by another method than `autoawq` reads, for example; tensors are missing or
+      unexpected (they are named).
   """
 
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path).expanduser()
     self.hf_config = read_config(self.path)
     self.family = find_family(self.hf_config, self.path)
-    files = _tensor_files(self.path)
+    self.quantization = self.hf_config.get("quantization_config")
+    self._check_quantization()
+    files = tensor_files(self.path)
     self._stored = canonical_names(self.family, files)
     self.files = {name: files[stored] for name, stored in self._stored.items()}
     config = model_config(self.family, self.hf_config, self.files, self.path)
     self.config = self._resolve_ties(config)
-    self.quantization = self.hf_config.get("quantization_config")
     self._check_names()
 
   def read(self, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -80,7 +63,7 @@ class Checkpoint:
       by_file[self.files[name]].append(name)
     tensors = {}
     for file, wanted in by_file.items():
-      with _open(file) as f:
+      with open_file(file) as f:
         for name in wanted:
           tensors[name] = f.get_tensor(self._stored[name])
     for name, value in tensors.items():
@@ -182,6 +165,17 @@ class Checkpoint:
   def _alias(self, name: str, other: str) -> None:
     self.files[name], self._stored[name] = self.files[other], self._stored[other]
 
+  def _check_quantization(self) -> None:
+    """Before any file of tensors is opened."""
+    if not self.quantization:
+      return
+    from common.quantization import autoawq  # Imported here, as in `_load`.
+
+    try:
+      autoawq.read_format(self.quantization)
+    except UserError as e:
+      raise UserError(f"{self.path}: {e}") from None
+
   def _check_names(self) -> None:
     state = nnx.state(abstract_model(self.config))
     expected = {tensor_name(self.family, path) for path, _ in state.flat_state()}
@@ -203,116 +197,13 @@ class Checkpoint:
     bare = not any(name.startswith(prefix) for name in self._stored.values())
     if missing and bare and not any(name.startswith(prefix) for name in missing):
       raise UserError(
-        f"{self.path}: missing tensors: {_some(missing)}; the others lack the prefix {prefix!r}: "
+        f"{self.path}: missing tensors: {some(missing)}; the others lack the prefix {prefix!r}: "
         "this is the model without its head; save it from the class " + self.family.architecture
       )
     if missing:
-      raise UserError(f"{self.path}: missing tensors: {_some(missing)}")
+      raise UserError(f"{self.path}: missing tensors: {some(missing)}")
     if extra:
-      raise UserError(f"{self.path}: unexpected tensors: {_some(extra)}")
-
-
-class CheckpointWriter:
-  """Writes a checkpoint directory shard by shard; it appears at `path` only when complete.
-
-  Use as a context manager: `add` tensors in any order; leaving the block by an exception removes
-  what was written.
-
-  Args:
-    path: directory to create.
-    hf_config: config.json's content.
-    tokenizer_from: directory whose tokenizer files are copied, if any.
-    max_shard_bytes: a shard is closed when it would grow beyond this.
-    overwrite: replace `path` if it exists.
-
-  Raises:
-    UserError: `path` exists (without `overwrite`, or without a config.json) or cannot be written.
-  """
-
-  def __init__(
-    self,
-    path: str | os.PathLike,
-    hf_config: Mapping[str, Any],
-    *,
-    tokenizer_from: str | os.PathLike | None = None,
-    max_shard_bytes: int = 4 << 30,
-    overwrite: bool = False,
-  ):
-    self.path = pathlib.Path(path).expanduser()
-    self.hf_config = hf_config
-    self.tokenizer_from = tokenizer_from
-    self.max_shard_bytes = max_shard_bytes
-    self.overwrite = overwrite
-    # A random name: in containers a process that was killed often had the same id.
-    self._partial = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.partial")
-    self._pending: dict[str, np.ndarray] = {}
-    self._shards: list[list[str]] = []
-    self._total_bytes = 0
-
-  def __enter__(self):
-    if self.path.exists() and not self.overwrite:
-      raise UserError(f"{self.path} exists; choose another directory or ask to overwrite it")
-    if self.path.exists() and not (self.path / "config.json").is_file():
-      raise UserError(f"{self.path} is not a checkpoint directory and is not overwritten")
-    try:
-      self._partial.mkdir(parents=True)
-    except OSError as e:
-      raise UserError(f"cannot write to {self.path.parent}: {e.strerror}") from None
-    return self
-
-  def __exit__(self, error_type, *_):
-    try:
-      if error_type is None:
-        self._flush()
-        self._finish()
-    finally:
-      shutil.rmtree(self._partial, ignore_errors=True)
-
-  def add(self, tensors: Mapping[str, np.ndarray]) -> None:
-    """Adds tensors; writes a shard when enough have come."""
-    for name, value in tensors.items():
-      pending = sum(v.nbytes for v in self._pending.values())
-      if self._pending and pending + value.nbytes > self.max_shard_bytes:
-        self._flush()
-      self._pending[name] = np.asarray(value, order="C")  # Keeps scalars scalar.
-
-  def flush(self) -> None:
-    """Writes what was added so far as a shard, to free its memory."""
-    self._flush()
-
-  def _flush(self) -> None:
-    if not self._pending:
-      return
-    file = self._partial / f"shard-{len(self._shards)}.safetensors"
-    save_tensors(file, self._pending, {"format": "pt"})
-    self._shards.append(list(self._pending))
-    self._total_bytes += sum(v.nbytes for v in self._pending.values())
-    self._pending = {}
-
-  def _finish(self) -> None:
-    count = len(self._shards)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    if count == 1:
-      names = ["model.safetensors"]
-    for i, name in enumerate(names):
-      os.rename(self._partial / f"shard-{i}.safetensors", self._partial / name)
-    if count > 1:
-      weight_map = {t: name for name, shard in zip(names, self._shards) for t in shard}
-      index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-      (self._partial / INDEX_NAME).write_text(json.dumps(index, indent=2))
-    (self._partial / "config.json").write_text(json.dumps(dict(self.hf_config), indent=2) + "\n")
-    if self.tokenizer_from is not None:
-      for name in TOKENIZER_FILES:
-        if (source := pathlib.Path(self.tokenizer_from) / name).is_file():
-          shutil.copyfile(source, self._partial / name)
-    if self.overwrite and self.path.exists():
-      # The old one goes only when the new one is there.
-      old = self._partial.with_suffix(".old")
-      os.rename(self.path, old)
-      os.rename(self._partial, self.path)
-      shutil.rmtree(old)
-    else:
-      os.rename(self._partial, self.path)
+      raise UserError(f"{self.path}: unexpected tensors: {some(extra)}")
 
 
 def load_decoder(path: str | os.PathLike, dtype=jnp.float32) -> Decoder:
@@ -335,7 +226,7 @@ def save_model(model: nnx.Module, path: str | os.PathLike, **writer_options) -> 
   state = nnx.state(abstract_model(model.config))
   missing = {tensor_name(family, leaf) for leaf, _ in state.flat_state()} - tensors.keys()
   if missing:
-    raise ValueError(f"the model has no plain tensors {_some(sorted(missing))}: it was changed")
+    raise ValueError(f"the model has no plain tensors {some(sorted(missing))}: it was changed")
   if family.inspect(family.read(dict(config)), tensors) != model.config:
     raise ValueError(f"config.json of {family.architecture} cannot describe {model.config}")
   with CheckpointWriter(path, config, **writer_options) as writer:
@@ -351,21 +242,6 @@ def hf_config(config: Any, dtype: str = "float32") -> dict[str, Any]:
     "dtype": dtype,
     "torch_dtype": dtype,
   } | family.write(config)
-
-
-def save_tensors(
-  path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]
-) -> None:
-  """Writes one safetensors file, which appears only when complete, with the usual permissions."""
-  partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-  try:
-    safetensors.numpy.save_file(dict(tensors), partial, metadata=metadata)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)  # The library makes files that only their owner can read.
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 def read_config(path: pathlib.Path) -> dict[str, Any]:
@@ -392,51 +268,6 @@ def _outer(config: DecoderConfig, rngs: nnx.Rngs) -> Decoder:
   model = Decoder(config, rngs=rngs)
   model.blocks = nnx.List([])
   return model
-
-
-def _tensor_files(path: pathlib.Path) -> dict[str, pathlib.Path]:
-  index, single = path / INDEX_NAME, path / "model.safetensors"
-  if index.is_file():
-    try:
-      weight_map = json.loads(index.read_text())["weight_map"]
-      names = {name: path / pathlib.PurePath(file).name for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-      raise UserError(f"{index} is damaged: {e!r}") from None
-    for file in sorted(set(names.values())):
-      with _open(file) as f:
-        held = set(f.keys())
-      wanted = {name for name, where in names.items() if where == file}
-      if wanted - held:
-        raise UserError(
-          f"{file} lacks tensors that the index names: {_some(sorted(wanted - held))}"
-        )
-    return names
-  if single.is_file():
-    with _open(single) as f:
-      return dict.fromkeys(f.keys(), single)
-  pickled = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt"))
-  if pickled:
-    raise UserError(
-      f"{path} has only pickled weights ({pickled[0]}), which are never loaded because unpickling "
-      "runs code; convert them to safetensors"
-    )
-  raise UserError(f"{path} has no model.safetensors and no {INDEX_NAME}")
-
-
-def _open(file: pathlib.Path):
-  try:
-    return safetensors.safe_open(file, framework="np")
-  except FileNotFoundError:
-    raise UserError(f"{file} is missing") from None
-  except OSError as e:
-    raise UserError(f"{file} cannot be read: {e}") from None
-  except safetensors.SafetensorError as e:
-    raise UserError(f"{file} is truncated or not a safetensors file: {e}") from None
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-  rest = len(names) - limit
-  return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def find_family(hf_config: Mapping[str, Any], path: pathlib.Path) -> Family:

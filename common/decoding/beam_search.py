@@ -7,7 +7,8 @@ those that end, the ones among the best `num_beams` enter the row's pool of hypo
 
 and the worst leave; the best that do not end run on. A row is done when its pool is full and its
 best running beam, scored at its present length, is no better than the worst of the pool. That is
-a heuristic if length_penalty > 0, since a longer text divides by more.
+a heuristic if length_penalty > 0, since a longer text divides by more; `early_stopping="never"`
+scores the beam at the length that favours it most, which no text that it becomes can beat.
 
 All rows and beams are one batch on the device, [batch * num_beams], and the beams of a row share
 the padding of its prompt.
@@ -17,7 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def beam_search(
   max_new_tokens: int,
   num_beams: int,
   length_penalty: float = 1.0,
-  early_stopping: bool = False,
+  early_stopping: bool | Literal["never"] = False,
   stop_tokens: int | Sequence[int] | None = None,
   num_return: int = 1,
 ) -> list[list[Hypothesis]]:
@@ -84,7 +85,9 @@ def beam_search(
     max_new_tokens: tokens to add at most.
     num_beams: texts that a row follows at a time; 1 is greedy.
     length_penalty: above 0 favours long texts, below 0 short ones.
-    early_stopping: a row is done as soon as its pool is full.
+    early_stopping: True, a row is done as soon as its pool is full; False, when its best running
+      beam is no better at its present length; "never", when it cannot become better, at
+      `max_new_tokens` if length_penalty > 0 and at its present length else.
     stop_tokens: each ends a text. By default none for a decoder, and the end-of-sequence token of
       an encoder-decoder.
     num_return: hypotheses to return per row.
@@ -94,7 +97,8 @@ def beam_search(
 
   Raises:
     UserError: `num_beams` is not positive, `num_return` is not within 1 to `num_beams`,
-      `length_penalty` is out of range, or what `generate` raises.
+      `early_stopping` is none of the three, `length_penalty` is out of range, or what `generate`
+      raises.
   """
   if num_beams < 1:
     raise UserError(f"num_beams={num_beams} must be positive; 1 is greedy")
@@ -103,6 +107,8 @@ def beam_search(
       f"num_return={num_return} must be within 1 to num_beams={num_beams}: a row keeps no more "
       "hypotheses than beams"
     )
+  if early_stopping not in (False, True, "never"):
+    raise UserError(f"early_stopping={early_stopping!r} must be False, True or 'never'")
   tokens, segment_ids, stop = prepare(model, prompts, max_new_tokens, stop_tokens)
   with np.errstate(over="ignore"):
     norms = (np.arange(1, max_new_tokens + 1) ** float(length_penalty)).astype(np.float32)
@@ -111,9 +117,10 @@ def beam_search(
       f"length_penalty={length_penalty}: {max_new_tokens} ** length_penalty must be a positive "
       "float32; 0 compares sums, 1 means"
     )
+  early_stopping = early_stopping if early_stopping == "never" else bool(early_stopping)
   graphdef, state = nnx.split(model)
   finished, scores = _beam_search(
-    graphdef, state, tokens, segment_ids, stop, norms, num_beams, bool(early_stopping)
+    graphdef, state, tokens, segment_ids, stop, norms, num_beams, early_stopping
   )
   rows = zip(np.asarray(finished)[:, :num_return].tolist(), np.asarray(scores).tolist())
   return [
@@ -169,7 +176,9 @@ def _take_rows(progress: Progress, rows: Array) -> Progress:
   return progress._replace(cache=cache)
 
 
-def _extend(beams: Beams, logits, i, stop, norms, early_stopping: bool) -> tuple[Beams, Array]:
+def _extend(
+  beams: Beams, logits, i, stop, norms, early_stopping: bool | Literal["never"]
+) -> tuple[Beams, Array]:
   """Adds token `i` to every text.
 
   Args:
@@ -201,8 +210,10 @@ def _extend(beams: Beams, logits, i, stop, norms, early_stopping: bool) -> tuple
 
   # The worst of a pool that is not full is -inf.
   worst = pool_scores[:, -1]
-  done = beams.done | (running[:, 0] / norms[i] <= worst)
-  if early_stopping:
+  # The norms grow or fall steadily with the length, and sums of log p are not positive.
+  norm = jnp.maximum(norms[i], norms[-1]) if early_stopping == "never" else norms[i]
+  done = beams.done | (running[:, 0] / norm <= worst)
+  if early_stopping is True:
     done |= worst > -jnp.inf
   return Beams(_take(tokens, best), running, pool, pool_scores, done), rows.reshape(-1)
 

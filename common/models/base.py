@@ -35,6 +35,11 @@ from common.training.train_step import init_train_state, make_train_step
 
 CORPUS = "embedded:code,embedded:prose,embedded:science"
 
+# Raise it when the same settings (see `_settings`) come to train another model, because code did
+# change: the decoder's arithmetic or initialisation, the loss, the optimizer, the packing or the
+# order of the batches. Models that were cached before are then trained anew.
+RECIPE_VERSION = 1
+
 
 class BaseModel(NamedTuple):
   """A pretrained model.
@@ -80,6 +85,36 @@ class Recipe:
       max_position_embeddings=1024,
       tie_word_embeddings=True,
     )
+
+  @property
+  def optimizer(self) -> dict[str, Any]:
+    """All arguments of `make_optimizer`, spelled out: its defaults are free to change."""
+    return {
+      "learning_rate": self.learning_rate,
+      "num_steps": self.num_steps,
+      "warmup_steps": self.num_steps // 20,
+      "final_fraction": 0.05,
+      "weight_decay": self.weight_decay,
+      "no_decay": (),
+      "b1": 0.9,
+      "b2": 0.95,
+      "eps": 1e-8,
+      "clip_norm": 1.0,
+    }
+
+  @property
+  def data(self) -> dict[str, Any]:
+    """The arguments of `token_batches` but for the tokenizer and the seed, spelled out."""
+    return {
+      "source": CORPUS,
+      "split": "train",
+      "seq_len": self.seq_len,
+      "batch_size": self.batch_size,
+      "packing": "first_fit",
+      "shuffle": True,
+      "num_epochs": None,
+      "shard_count": jax.process_count(),
+    }
 
 
 RECIPES = {
@@ -132,11 +167,10 @@ def base_model(name_or_path: str, *, seed: int = 0) -> BaseModel:
 
 
 def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
-  settings = dataclasses.asdict(recipe) | {"seed": seed, "corpus": CORPUS}
-  digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-  folder = cache_dir("base_models", fingerprint())
-  path = folder / f"{name}-{seed}-{digest}"
   tokenizer = load_tokenizer(f"embedded-{recipe.vocab_size}")
+  settings = _settings(recipe, tokenizer, seed)
+  folder = cache_dir("base_models", fingerprint())
+  path = folder / f"{name}-{seed}-{_digest(json.dumps(settings, sort_keys=True))[:12]}"
   model = Decoder(recipe.config, rngs=nnx.Rngs(seed))
   graphdef, params = nnx.split(model)
   # Of several runs that need the model at once, one trains and the others wait. (The processes of
@@ -160,6 +194,22 @@ def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
   return BaseModel(nnx.merge(graphdef, params), tokenizer, metadata)
 
 
+def _settings(recipe: Recipe, tokenizer: tokenizers.Tokenizer, seed: int) -> dict[str, Any]:
+  """Everything that determines the trained model: the key of the cache."""
+  return {
+    "version": RECIPE_VERSION,
+    "model": dataclasses.asdict(recipe.config),
+    "optimizer": recipe.optimizer,
+    "data": recipe.data | {"fingerprint": fingerprint()},
+    "tokenizer": _digest(tokenizer.to_str()),
+    "seed": seed,
+  }
+
+
+def _digest(text: str) -> str:
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _validate(model: Decoder, tokenizer: tokenizers.Tokenizer) -> WindowLosses:
   windows = token_windows(CORPUS, tokenizer, split="validation", seq_len=256)
   # Evenly spaced, so that every domain has its share.
@@ -176,21 +226,8 @@ def _pretrain(graphdef, params, recipe: Recipe, tokenizer, seed: int, workdir):
     )
     return next_token_loss(logits, batch["tokens"], batch["segment_ids"])
 
-  optimizer = make_optimizer(
-    learning_rate=recipe.learning_rate,
-    num_steps=recipe.num_steps,
-    warmup_steps=recipe.num_steps // 20,
-    final_fraction=0.05,
-    weight_decay=recipe.weight_decay,
-  )
-  batches = token_batches(
-    CORPUS,
-    tokenizer,
-    split="train",
-    seq_len=recipe.seq_len,
-    batch_size=recipe.batch_size,
-    seed=seed,
-  )
+  optimizer = make_optimizer(**recipe.optimizer)
+  batches = token_batches(tokenizer=tokenizer, seed=seed, **recipe.data)
   state = train(
     init_train_state(params, optimizer, jax.random.key(seed)),
     make_train_step(loss_fn, optimizer),

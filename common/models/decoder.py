@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.models.activations import ACTIVATIONS, Activation
+from common.models.attention import dot_product_attention, merge_heads, split_heads
 from common.models.linear import linear_dot_general
 from common.models.sharding import constrain
 
@@ -102,8 +103,8 @@ class KVCache:
   """Keys and values of the tokens seen so far, outside the model.
 
   Attributes:
-    keys: per block [batch, max_length, kv_heads, head_dim], rotated already.
-    values: per block [batch, max_length, kv_heads, head_dim].
+    keys: per block [batch, kv_heads, max_length, head_dim], rotated already.
+    values: per block [batch, kv_heads, max_length, head_dim].
     positions: int32 [batch, max_length].
     segment_ids: int32 [batch, max_length]; 0 marks padding and slots not yet written.
     length: int32 [], number of slots written.
@@ -117,7 +118,7 @@ class KVCache:
 
   @classmethod
   def empty(cls, config: DecoderConfig, batch: int, max_length: int, dtype=jnp.float32):
-    shape = (batch, max_length, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, max_length, config.head_dim)
     return cls(
       keys=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
       values=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
@@ -181,8 +182,8 @@ def rope_frequencies(config: DecoderConfig, longest: Array) -> Array:
 
 
 def apply_rope(x: Array, rope: tuple[Array, Array]) -> Array:
-  """Rotates the leading channels of each head by halves. x: [batch, seq, heads, head_dim]."""
-  cos, sin = (table[:, :, None, :] for table in rope)
+  """Rotates the leading channels of each head by halves. x: [batch, heads, seq, head_dim]."""
+  cos, sin = (table[:, None] for table in rope)
   half = cos.shape[-1]
   a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
   rotated = [a * cos - b * sin, b * cos + a * sin, rest]
@@ -233,22 +234,20 @@ class Attention(nnx.Module):
 
   def __call__(self, x: Array, context: AttentionContext, kv=None):
     """x: [batch, seq, dim] -> ([batch, seq, dim], the block's updated (keys, values) or None)."""
-    split = lambda y, heads: constrain(
-      y.reshape(*y.shape[:2], -1, self.head_dim), "batch", None, heads, None
-    )
+    split = lambda y, heads: constrain(split_heads(y, self.head_dim), "batch", heads, None, None)
     query = split(self.q_proj(x), "heads")
     key, value = split(self.k_proj(x), "kv_heads"), split(self.v_proj(x), "kv_heads")
     if context.rope is not None:
       query, key = apply_rope(query, context.rope), apply_rope(key, context.rope)
     if kv is not None:
       write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
-        cache, new.astype(cache.dtype), context.offset, axis=1
+        cache, new.astype(cache.dtype), context.offset, axis=2
       )
       key, value = kv = write(kv[0], key), write(kv[1], value)
       key, value = key.astype(query.dtype), value.astype(query.dtype)
     mask = context.full_mask if self.full_attention else context.mask
-    out = jax.nn.dot_product_attention(query, key, value, bias=context.bias, mask=mask)
-    return self.o_proj(out.reshape(*out.shape[:2], -1)), kv
+    out = dot_product_attention(query, key, value, mask=mask, bias=context.bias)
+    return self.o_proj(merge_heads(out)), kv
 
 
 class MLP(nnx.Module):

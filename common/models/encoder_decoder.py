@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from common.models.activations import ACTIVATIONS, Activation
+from common.models.attention import dot_product_attention, merge_heads, split_heads
 from common.models.encoder import bidirectional_mask
 from common.models.linear import linear_dot_general
 
@@ -61,10 +62,10 @@ class DecoderCache:
   """What the decoder reads besides its new tokens.
 
   Attributes:
-    keys, values: per block [batch, max_length, heads, head_dim], of the target so far.
+    keys, values: per block [batch, heads, max_length, head_dim], of the target so far.
     segment_ids: int32 [batch, max_length] of the target; 0 marks padding and free slots.
     length: int32 [], number of slots written.
-    source_keys, source_values: per block [batch, source, heads, head_dim].
+    source_keys, source_values: per block [batch, heads, source, head_dim].
     source_segment_ids: int32 [batch, source]; 0 marks padding.
   """
 
@@ -118,8 +119,8 @@ class Attention(nnx.Module):
     self.o_proj = _linear(width, dim, rngs)
 
   def keys_values(self, x: Array) -> tuple[Array, Array]:
-    """[batch, keys, dim] -> keys and values, each [batch, keys, heads, head_dim]."""
-    return self._split(self.k_proj(x)), self._split(self.v_proj(x))
+    """[batch, keys, dim] -> keys and values, each [batch, heads, keys, head_dim]."""
+    return tuple(split_heads(y, self.head_dim) for y in (self.k_proj(x), self.v_proj(x)))
 
   def __call__(self, x: Array, keys_values: tuple[Array, Array], mask: Array, bias=None) -> Array:
     """[batch, seq, dim] -> [batch, seq, dim].
@@ -128,13 +129,10 @@ class Attention(nnx.Module):
       mask: bool [batch, 1, seq, keys].
       bias: [1, heads, seq, keys], added to the scores.
     """
-    query = self._split(self.q_proj(x))
+    query = split_heads(self.q_proj(x), self.head_dim)
     key, value = (y.astype(query.dtype) for y in keys_values)
-    out = jax.nn.dot_product_attention(query, key, value, bias=bias, mask=mask, scale=1.0)
-    return self.o_proj(out.reshape(*out.shape[:2], -1))
-
-  def _split(self, x: Array) -> Array:
-    return x.reshape(*x.shape[:2], -1, self.head_dim)
+    out = dot_product_attention(query, key, value, mask=mask, bias=bias, scale=1.0)
+    return self.o_proj(merge_heads(out))
 
 
 class FeedForward(nnx.Module):
@@ -239,11 +237,11 @@ class EncoderDecoder(nnx.Module):
     source = self.encode(tokens, segment_ids)
     blocks = self.decoder.blocks
     source_keys, source_values = zip(*(b.cross_attention.keys_values(source) for b in blocks))
-    shape = (len(tokens), max_length, self.config.num_heads, self.config.head_dim)
+    shape = (len(tokens), self.config.num_heads, max_length, self.config.head_dim)
     return DecoderCache(
       keys=[jnp.zeros(shape, source.dtype) for _ in blocks],
       values=[jnp.zeros(shape, source.dtype) for _ in blocks],
-      segment_ids=jnp.zeros(shape[:2], jnp.int32),
+      segment_ids=jnp.zeros((len(tokens), max_length), jnp.int32),
       length=jnp.zeros((), jnp.int32),
       source_keys=list(source_keys),
       source_values=list(source_values),
@@ -264,10 +262,10 @@ class EncoderDecoder(nnx.Module):
       logits float32 [batch, new, vocab] and the cache with the new tokens.
     """
     segment_ids = jnp.ones_like(target) if segment_ids is None else segment_ids
-    write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-      old, new.astype(old.dtype), cache.length, axis=1
+    write = lambda old, new, axis: jax.lax.dynamic_update_slice_in_dim(
+      old, new.astype(old.dtype), cache.length, axis
     )
-    segments = write(cache.segment_ids, segment_ids)
+    segments = write(cache.segment_ids, segment_ids, 1)
     positions, slots = cache.length + jnp.arange(target.shape[1]), jnp.arange(segments.shape[1])
     mask = bidirectional_mask(segment_ids, segments) & (slots <= positions[:, None])
     source_mask = (cache.source_segment_ids != 0)[:, None, None]
@@ -277,7 +275,7 @@ class EncoderDecoder(nnx.Module):
     for i, block in enumerate(self.decoder.blocks):
       y = block.attention_norm(x)
       key, value = block.attention.keys_values(y)
-      keys[i], values[i] = write(keys[i], key), write(values[i], value)
+      keys[i], values[i] = write(keys[i], key, 2), write(values[i], value, 2)
       x = x + block.attention(y, (keys[i], values[i]), mask, bias)
       source = cache.source_keys[i], cache.source_values[i]
       x = x + block.cross_attention(block.cross_norm(x), source, source_mask)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.errors import UserError
 from common.models.decoder import Decoder
 from common.models.surgery import get_module
 from common.quantization.equivalent import fold_scale, scaling_groups
@@ -27,7 +28,16 @@ def inject_outliers(
 
   Returns:
     A model with the same outputs up to rounding.
+
+  Raises:
+    UserError: the blocks have no norm that only linears read.
   """
+  if model.config.norm_placement != "pre":
+    raise UserError(
+      f"outliers cannot be injected into a model with norm_placement="
+      f"{model.config.norm_placement!r}: its norms feed the residual stream as well as the linears; "
+      "supported: norm_placement='pre'"
+    )
   model = nnx.clone(model)
   for block in model.blocks:
     for group in scaling_groups(model.config):

@@ -85,9 +85,9 @@ class ScannedDecoder:
       # The cache is carried, not scanned over, and only the new slots are written: so it stays in
       # its donated buffer instead of being copied for every token.
       new = (
-        jax.lax.dynamic_slice_in_dim(c, context.offset, tokens.shape[1], axis=1)[None] for c in kv
+        jax.lax.dynamic_slice_in_dim(c, context.offset, tokens.shape[1], axis=2)[None] for c in kv
       )
-      at = (i, 0, context.offset, 0, 0)
+      at = (i, 0, 0, context.offset, 0)
       keys, values = (jax.lax.dynamic_update_slice(c, n, at) for c, n in zip((keys, values), new))
       return (x, keys, values), None
 
@@ -97,7 +97,7 @@ class ScannedDecoder:
     return outer.head(x), dataclasses.replace(ids, keys=keys, values=values, length=length)
 
   def empty_cache(self, batch: int, max_length: int, dtype=jnp.float32) -> KVCache:
-    """An empty cache whose keys and values are [layers, batch, max_length, kv_heads, head_dim]."""
+    """An empty cache whose keys and values are [layers, batch, kv_heads, max_length, head_dim]."""
     one_layer = dataclasses.replace(self.config, num_layers=1)
     cache = KVCache.empty(one_layer, batch, max_length, dtype)
     grow = lambda x: jnp.zeros((self.config.num_layers, *x.shape), x.dtype)

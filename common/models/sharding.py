@@ -76,7 +76,7 @@ RULES: Rules = {
   "vocab": ("tensor",),
 }
 
-CACHE_ENTRY = ("batch", None, "kv_heads", None)
+CACHE_ENTRY = ("batch", "kv_heads", None, None)
 
 # The parts of a packed weight (`common.quantization`) are cut like the kernel that they replace.
 _PACKED = (".weight.values", ".weight.scales", ".weight.zero_points")

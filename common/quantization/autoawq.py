@@ -104,12 +104,19 @@ def read_format(config: Mapping[str, Any] | None) -> IntegerFormat:
   Raises:
     UserError: it is not an AWQ checkpoint in a layout that is read here.
   """
+  if not isinstance(config or {}, Mapping):
+    raise UserError(f"quantization_config is {config!r}; expected an object")
   config = config or {}
   method, version = config.get("quant_method"), str(config.get("version", "gemm")).lower()
-  if method != "awq" or version not in ("gemm", "flaxworks") or not config.get("zero_point", True):
+  if method is None and (config.get("load_in_8bit") or config.get("load_in_4bit")):
+    method = "bitsandbytes"  # Its older files do not say so.
+  zeros = bool(config.get("zero_point", True))
+  if method != "awq" or version not in ("gemm", "flaxworks") or not zeros:
+    details = f" with version {version!r} and zero_point={zeros}" if method == "awq" else ""
     raise UserError(
-      f"quantized checkpoint of method {method!r}, version {version!r} is not supported; "
-      "supported: awq with version gemm and zero points"
+      f"a checkpoint quantized by the method {method!r}{details} is not supported; supported: awq "
+      "with version gemm and zero points; or take the full-precision checkpoint, which quantize "
+      "packs"
     )
   missing = [key for key in ("bits", "group_size") if not isinstance(config.get(key), int)]
   if missing:

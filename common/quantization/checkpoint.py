@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 import jax
 from flax import nnx
 
-from common.checkpoints.huggingface import Checkpoint, CheckpointWriter
+from common.checkpoints.huggingface import Checkpoint
+from common.checkpoints.shards import CheckpointWriter
 from common.errors import UserError
 from common.models.decoder import Block, DecoderConfig
 from common.models.surgery import get_module, linear_paths

@@ -16,6 +16,9 @@ from common.quantization.quantized_array import IntegerFormat, QuantizedArray, f
 
 Array = jax.Array
 
+# Triangular matrices up to this size are inverted by a single solve.
+SOLVE_SIZE = 512
+
 
 def hessian(x: Array) -> Array:
   """Mean of 2 x x^T over tokens, float32 [in, in]: the Hessian of the layer's squared error.
@@ -36,8 +39,39 @@ def inverse_cholesky(h: Array, damping: float) -> Array:
   """
   damped = h + damping * jnp.mean(jnp.diag(h)) * jnp.eye(h.shape[0], dtype=h.dtype)
   lower = jnp.linalg.cholesky(damped[::-1, ::-1])
-  inverse = solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)
-  return inverse[::-1, ::-1]
+  return _triangular_inverse(lower)[::-1, ::-1]
+
+
+def _triangular_inverse(lower: Array) -> Array:
+  """The inverse of a lower triangular matrix, from blocks that double in size, [n, n]:
+
+    inv([[A, 0], [B, C]]) = [[inv(A), 0], [-inv(C) B inv(A), inv(C)]]
+
+  One triangular solve of the whole does the same, but XLA expands it for a TPU into a program with
+  temporaries of 40 times the matrix.
+  """
+  size = lower.shape[0]
+  parts = 1
+  while parts * SOLVE_SIZE < size:
+    parts *= 2
+  block = -(-size // parts)
+  padded = block * parts
+  lower = jnp.pad(lower, ((0, padded - size), (0, padded - size)))
+  lower = lower + jnp.diag((jnp.arange(padded) >= size).astype(lower.dtype))
+  # Every `step` rows the block [n, n] that lies `below` rows under the diagonal.
+  blocks = lambda step, n, below: jnp.stack(
+    [lower[i + below : i + below + n, i : i + n] for i in range(0, padded, step)]
+  )
+  eye = jnp.eye(block, dtype=lower.dtype)
+  inverses = jax.vmap(lambda x: solve_triangular(x, eye, lower=True))(blocks(block, block, 0))
+  while len(inverses) > 1:
+    half = inverses.shape[1]
+    first, last = inverses[::2], inverses[1::2]
+    # Accelerators would round float32 operands to bfloat16.
+    below = jnp.matmul(last, blocks(2 * half, half, half), precision="highest")
+    below = -jnp.matmul(below, first, precision="highest")
+    inverses = jnp.block([[first, jnp.zeros_like(first)], [below, last]])
+  return inverses[0, :size, :size]
 
 
 @functools.partial(jax.jit, static_argnames=("format", "act_order", "block_size"))

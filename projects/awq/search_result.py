@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from common.checkpoints.huggingface import save_tensors
+from common.checkpoints.shards import save_tensors
 from common.errors import UserError
 from common.quantization.quantized_array import IntegerFormat
 from projects.awq.awq import AWQSettings, BlockSearch

@@ -18,7 +18,7 @@ from common.quantization.calibration import quantize_blocks, rtn_block
 from common.quantization.linear import quantized_weights
 from common.quantization.quantized_array import IntegerFormat
 from projects.awq import awq, config, experiment, salient, search_result
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
   random_decoder,

@@ -12,7 +12,7 @@ import safetensors.numpy
 from flax import nnx
 
 from common.checkpoints.families import FAMILIES
-from common.checkpoints.huggingface import Checkpoint, CheckpointWriter, load_decoder, save_model
+from common.checkpoints.huggingface import Checkpoint, load_decoder, save_model
 from common.errors import UserError
 from common.models.decoder import RopeScaling
 from common.quantization.calibration import rtn_block
@@ -184,6 +184,29 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(copy, damage, message):
   assert "\n" not in str(error.value)
 
 
+FOREIGN = {
+  "GPTQ": ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "'gptq'"),
+  "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
+  "bitsandbytes, unnamed": ({"load_in_8bit": True}, "'bitsandbytes'"),
+  "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "'fp8'"),
+  "AWQ of another layout": (
+    {"quant_method": "awq", "version": "gemv", "bits": 4, "group_size": 16},
+    "'awq' with version 'gemv'",
+  ),
+  "not an object": ([8], r"quantization_config is \[8\]"),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_quantization_is_refused_before_the_tensors_are_opened(case, copy):
+  quantization, message = FOREIGN[case]
+  edit_config(copy, quantization_config=quantization)
+  (copy / "model.safetensors").write_bytes(b"never read")
+  with pytest.raises(UserError, match=f"checkpoint: .*{message}") as error:
+    Checkpoint(copy)
+  assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
   "name, tensor",
   [
@@ -203,31 +226,6 @@ def test_fused_projections_of_a_wrong_shape_are_named(name, tensor, tmp_path):
     load_decoder(path)
 
 
-def test_a_failed_write_leaves_nothing(tmp_path):
-  with pytest.raises(RuntimeError):
-    with CheckpointWriter(tmp_path / "out", {}) as writer:
-      writer.add({"a": np.ones(3, np.float32)})
-      writer.flush()
-      raise RuntimeError
-  assert list(tmp_path.iterdir()) == []
-  # The same where closing fails: here on what is not JSON.
-  with pytest.raises(TypeError):
-    with CheckpointWriter(tmp_path / "out", {"dtype": np.float32}) as writer:
-      writer.add({"a": np.ones(3, np.float32)})
-  assert list(tmp_path.iterdir()) == []
-
-
-def test_nothing_is_visible_before_the_end(tmp_path):
-  with CheckpointWriter(tmp_path / "out", {}, max_shard_bytes=16) as writer:
-    for name in "abc":
-      writer.add({name: np.ones(3, np.float32)})
-      assert not (tmp_path / "out").exists()
-  assert [p.name for p in tmp_path.iterdir()] == ["out"]
-  index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-  assert index["metadata"]["total_size"] == 36
-  assert set(index["weight_map"]) == set("abc") and len(set(index["weight_map"].values())) == 3
-
-
 def test_only_a_checkpoint_is_overwritten(copy, tmp_path):
   (tmp_path / "home").mkdir()
   (tmp_path / "home" / "thesis.txt").write_text("do not lose")
@@ -237,16 +235,6 @@ def test_only_a_checkpoint_is_overwritten(copy, tmp_path):
       save_model(load_decoder(copy), tmp_path / target, overwrite=True)
   assert {p.name for p in tmp_path.iterdir()} == {"home", "file", "checkpoint"}
   assert (tmp_path / "home" / "thesis.txt").read_text() == "do not lose"
-
-
-def test_a_failed_overwrite_keeps_the_old_one(copy):
-  before = tensors_of(copy)
-  with pytest.raises(RuntimeError):
-    with CheckpointWriter(copy, {}, overwrite=True) as writer:
-      writer.add({"a": np.ones(3, np.float32)})
-      raise RuntimeError
-  assert tensors_of(copy).keys() == before.keys()
-  assert [p.name for p in copy.parent.iterdir()] == [copy.name]
 
 
 def packed(model):

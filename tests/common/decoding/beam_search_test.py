@@ -16,7 +16,7 @@ from common.decoding.beam_search import beam_search
 from common.decoding.generation import generate
 from common.errors import UserError
 from common.models.decoder import DecoderConfig
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   random_decoder,
   random_encoder_decoder,
@@ -26,6 +26,7 @@ GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [9]]
 # All texts of 4 tokens are 81, of which 27 beams hold every one of 3 tokens.
 VOCAB, NEW, BEAMS = 3, 4, 27
+EARLY_STOPPING = (False, True, "never")  # As the vectors' third axis counts.
 TINY = {"vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2}
 
 
@@ -46,7 +47,7 @@ def test_equals_transformers(name):
       max_new_tokens=max_new_tokens,
       num_beams=num_beams,
       length_penalty=golden["penalties"][case[1]],
-      early_stopping=case[2] == 1,
+      early_stopping=EARLY_STOPPING[case[2]],
       stop_tokens=stops,
       num_return=num_beams,
     )
@@ -58,7 +59,35 @@ def test_equals_transformers(name):
     scores = [[h.score for h in row] for row in rows]
     np.testing.assert_allclose(scores, golden["scores"][case], rtol=1e-4, atol=1e-6)
   # One for each kind of early stopping: penalties and stop tokens are data.
-  assert module._beam_search._cache_size() == compiled + 2
+  assert module._beam_search._cache_size() == compiled + 3
+
+
+def test_the_vectors_tell_the_kinds_of_early_stopping_apart():
+  tokens = np.load(GOLDEN / "beam_search" / "llama.npz")["tokens"]
+  for one, other in itertools.combinations(range(len(EARLY_STOPPING)), 2):
+    assert (tokens[:, :, one] != tokens[:, :, other]).any()
+
+
+@pytest.mark.parametrize(
+  "early_stopping, length_penalty, done",
+  [
+    (False, 1.0, True),  # At the present length of 2: -3 / 2 is below -1.2,
+    ("never", 1.0, False),  # at 4 tokens -3 / 4 is not.
+    ("never", 0.0, True),  # -3 is a bound,
+    ("never", -1.0, True),  # and so is -3 * 2: longer texts score less.
+    (True, 1.0, True),
+  ],
+)
+def test_a_row_is_done_when_its_running_beam_cannot_become_better(
+  early_stopping, length_penalty, done
+):
+  empty = jnp.zeros((1, 1, 4), jnp.int32)
+  pool = jnp.full((1, 1), -1.2)
+  beams = module.Beams(empty, jnp.full((1, 1), -3.0), empty, pool, jnp.zeros(1, bool))
+  logits = jnp.array([[-99.0, 0.0, -99.0]])  # One token for certain, which does not end the text.
+  norms = jnp.arange(1, 5) ** length_penalty
+  beams, _ = module._extend(beams, logits, 1, jnp.array([2]), norms, early_stopping)
+  assert beams.done.tolist() == [done]
 
 
 def all_texts(prompt_log_probs, stop):
@@ -189,6 +218,7 @@ def test_one_compilation_per_bucket():
     ({"num_beams": 0}, "num_beams=0"),
     ({"num_return": 0}, "num_return=0"),
     ({"num_return": 3}, "num_return=3"),
+    ({"early_stopping": "always"}, "early_stopping='always'"),
     ({"length_penalty": math.nan}, "length_penalty=nan"),
     ({"length_penalty": -200.0}, "length_penalty=-200"),
     ({"prompts": [[1], []]}, "at least one token"),

@@ -14,7 +14,7 @@ from common.decoding.generation import Sampling, generate, pad_left, sample
 from common.errors import UserError
 from common.quantization.calibration import rtn_block
 from common.quantization.quantized_array import IntegerFormat
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   random_decoder,
   random_encoder_decoder,

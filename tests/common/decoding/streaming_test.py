@@ -10,7 +10,7 @@ from common.decoding import streaming
 from common.decoding.generation import Sampling, generate
 from common.decoding.streaming import stream
 from common.errors import UserError
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   random_decoder,
   random_encoder_decoder,

@@ -1,6 +1,7 @@
 """Pretrained base models: once, whole, the same every time."""
 
 import dataclasses
+import inspect
 import pathlib
 import shutil
 
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from common.checkpoints.orbax import load_metadata
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.perplexity import WindowLosses
@@ -56,8 +56,7 @@ def test_pretrained_once_then_read_from_the_cache(monkeypatch):
   assert 0 < second.metadata["validation_bits_per_byte"] < 8
   # A model that has learned only how often each of its 512 tokens comes is at 250.
   assert second.metadata["validation_perplexity"] < 200
-  (path,) = saved_models("lm-tiny-0-*")
-  assert load_metadata(path)["recipe"]["corpus"] == base.CORPUS
+  assert second.metadata["recipe"]["data"]["source"] == base.CORPUS
 
 
 def test_the_seed_decides(short):
@@ -75,6 +74,80 @@ def test_the_seed_decides(short):
 def untrained(short, monkeypatch):
   """ "test-short" as it is initialised: for tests of what happens around the training."""
   monkeypatch.setattr(base, "_pretrain", lambda graphdef, params, *args: params)
+
+
+def with_recipe(**changes):
+  def change(patch):
+    recipe = dataclasses.replace(base.RECIPES["test-short"], **changes)
+    patch.setitem(base.RECIPES, "test-short", recipe)
+
+  return change
+
+
+def with_entry(name, **changes):
+  """Changes what the property `name` of every recipe gives."""
+
+  def change(patch):
+    original = getattr(base.Recipe, name).fget
+    if name == "config":
+      new = lambda recipe: dataclasses.replace(original(recipe), **changes)
+    else:
+      new = lambda recipe: original(recipe) | changes
+    patch.setattr(base.Recipe, name, property(new))
+
+  return change
+
+
+def with_another_tokenizer(patch):
+  def load(name):
+    tokenizer = load_tokenizer(name)
+    tokenizer.add_tokens(["another"])
+    return tokenizer
+
+  patch.setattr(base, "load_tokenizer", load)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    with_recipe(num_steps=4),
+    with_recipe(seq_len=8),
+    with_entry("config", max_position_embeddings=64),
+    with_entry("config", norm_eps=1e-5),
+    with_entry("optimizer", b2=0.99),
+    with_entry("optimizer", eps=1e-6),
+    with_entry("optimizer", clip_norm=None),
+    with_entry("optimizer", final_fraction=0.1),
+    with_entry("data", packing="concat"),
+    with_entry("data", shard_count=2),
+    with_another_tokenizer,
+    lambda patch: patch.setattr(base, "CORPUS", "embedded:code"),
+    lambda patch: patch.setattr(base, "RECIPE_VERSION", base.RECIPE_VERSION + 1),
+  ],
+)
+def test_whatever_determines_the_model_is_in_the_key(change, untrained, monkeypatch):
+  base.base_model("test-short")
+  with monkeypatch.context() as patch:
+    change(patch)
+    base.base_model("test-short")
+  assert len(saved_models("test-short-*")) == 2
+  monkeypatch.setattr(base, "_pretrain", None)  # Both are found again.
+  base.base_model("test-short")
+
+
+def test_other_text_is_another_key(short, monkeypatch):
+  tokenizer = load_tokenizer("embedded-512")
+  before = base._settings(base.RECIPES["test-short"], tokenizer, 0)
+  monkeypatch.setattr(base, "fingerprint", lambda: "other text")
+  assert base._settings(base.RECIPES["test-short"], tokenizer, 0) != before
+
+
+def test_the_recipe_spells_out_every_option():
+  recipe = base.RECIPES["lm-tiny"]
+  options = inspect.signature(base.make_optimizer).parameters
+  assert recipe.optimizer.keys() == options.keys()
+  options = inspect.signature(base.token_batches).parameters
+  assert recipe.data.keys() == options.keys() - {"tokenizer", "seed", "shard_index"}
 
 
 def test_a_killed_pretraining_leaves_no_model(untrained, monkeypatch):

@@ -17,7 +17,7 @@ from common.models.decoder import (
   attention_mask,
   rope_frequencies,
 )
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   random_decoder,
   random_tokens,

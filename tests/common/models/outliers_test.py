@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from common.models.decoder import make_context
 from common.models.outliers import inject_outliers
 from common.quantization.calibration import block_inputs
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
   random_decoder,
@@ -45,3 +46,9 @@ def test_every_norm_gets_its_own_channels():
   ]
   assert all(len(channels) == 3 for channels in raised)
   assert len(set(raised)) > 1
+
+
+def test_norms_that_the_residual_stream_reads_too_are_refused():
+  model = random_decoder(ARCHITECTURES["opt, post-norm"])
+  with pytest.raises(UserError, match="norm_placement='post'.*supported: norm_placement='pre'"):
+    inject_outliers(model, jax.random.key(0))

@@ -179,7 +179,7 @@ def test_unknown_matrix_must_be_listed():
 def test_cache_is_cut_over_rows_and_heads():
   cache = jax.eval_shape(lambda: KVCache.empty(CONFIG, 4, 16))
   found = cache_shardings(cache, MESH)
-  assert found.keys[1].spec == PartitionSpec(("fsdp",), None, ("tensor",), None)
+  assert found.keys[1].spec == PartitionSpec(("fsdp",), ("tensor",), None, None)
   assert found.positions.spec == PartitionSpec(("fsdp",), None)
   assert found.length.spec == PartitionSpec()
   three = jax.eval_shape(

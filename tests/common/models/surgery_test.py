@@ -10,7 +10,7 @@ from flax import nnx
 
 from common.models.decoder import make_context
 from common.models.surgery import get_module, linear_paths, record_inputs, replace_module
-from tests.common.quantization.small_decoders import ARCHITECTURES, random_decoder
+from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
 LINEARS = [f"attention.{x}_proj" for x in "koqv"] + [
   f"mlp.{x}_proj" for x in ("down", "gate", "up")

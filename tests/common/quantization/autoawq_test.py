@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from common.checkpoints.huggingface import Checkpoint, CheckpointWriter, hf_config, load_decoder
+from common.checkpoints.huggingface import Checkpoint, hf_config, load_decoder
+from common.checkpoints.shards import CheckpointWriter
 from common.errors import UserError
 from common.models.surgery import get_module, linear_paths
 from common.quantization import autoawq, rtn
@@ -16,7 +17,7 @@ from common.quantization.calibration import rtn_block
 from common.quantization.equivalent import fold_scale, scaling_groups
 from common.quantization.linear import QuantizedLinear, quantized_weights
 from common.quantization.quantized_array import IntegerFormat, from_codes
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
   random_decoder,
@@ -283,7 +284,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize("case", FOREIGN)
 def test_other_methods_and_layouts_are_refused(case, copy_of):
-  with pytest.raises(UserError, match="is not supported; supported: awq with version gemm"):
+  with pytest.raises(UserError, match="copy: .*is not supported; supported: awq with version gemm"):
     load_decoder(copy_of(quantization=FOREIGN[case]))
 
 

@@ -26,7 +26,7 @@ from common.quantization.equivalent import fold_scale, scaling_groups, smoothqua
 from common.quantization.gptq import gptq, hessian
 from common.quantization.linear import get_kernels, quantized_weights, set_kernels
 from common.quantization.quantized_array import IntegerFormat
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   random_decoder,
   random_module,

@@ -15,7 +15,7 @@ from common.quantization.calibration import gptq_block, quantize_model, rtn_bloc
 from common.quantization.checkpoint import check_format, quantize_checkpoint
 from common.quantization.linear import quantized_weights
 from common.quantization.quantized_array import IntegerFormat
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
   random_decoder,

@@ -15,7 +15,7 @@ from common.quantization.equivalent import (
   scaling_groups,
   smoothquant_scale,
 )
-from tests.common.quantization.small_decoders import (
+from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
   random_decoder,

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.quantization import gptq as module
 from common.quantization import rtn
 from common.quantization.gptq import gptq, hessian, inverse_cholesky
 from common.quantization.quantized_array import IntegerFormat
@@ -167,6 +168,18 @@ def test_inverse_cholesky(damping):
   damped = h.astype(np.float64) + damping * np.diag(h).mean() * np.eye(ROWS)
   # The condition number is below 1e3, so float32 leaves about four digits.
   np.testing.assert_allclose(u.T.astype(np.float64) @ u @ damped, np.eye(ROWS), atol=1e-3)
+
+
+@pytest.mark.parametrize("solve_size", (5, 12, 24, 47, 48))
+def test_inverse_cholesky_by_blocks(solve_size, monkeypatch):
+  """Sizes that divide the matrix, that need padding, and one block."""
+  h = np.asarray(hessian(correlated_inputs()))
+  monkeypatch.setattr(module, "SOLVE_SIZE", solve_size)
+  u = np.asarray(inverse_cholesky(jnp.asarray(h), 0.01))
+  assert u.shape == h.shape and (u == np.triu(u)).all()
+  damped = h.astype(np.float64) + 0.01 * np.diag(h).mean() * np.eye(ROWS)
+  expected = np.linalg.cholesky(np.linalg.inv(damped)).T
+  np.testing.assert_allclose(u, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_unsuitable_formats_are_refused():

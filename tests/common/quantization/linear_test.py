@@ -14,7 +14,7 @@ from common.quantization.linear import (
   set_kernels,
 )
 from common.quantization.quantized_array import IntegerFormat
-from tests.common.quantization.small_decoders import ARCHITECTURES, random_decoder
+from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
 FORMAT = IntegerFormat(4, 16, scale_dtype=jnp.float16)
 quantize = jax.jit(rtn.quantize, static_argnums=1)
