@@ -3,7 +3,7 @@
   .venv/bin/pip install -r benchmarks/requirements.txt
   .venv/bin/python -m benchmarks.models.llama_vs_transformers
 
-Training: `lm-small`, batch 16 x 128, forward, backward and AdamW; ours with the project's train
+Training: `lm-small`, batch 16 x 128, forward, backward and AdamW; ours with the base models' train
 step, theirs with LlamaForCausalLM and torch.optim.AdamW. Generation: 8 layers of width 512, batch
 8, prompts of 32 tokens, 128 new tokens, greedy; ours compiled, theirs `generate` with its KV cache.
 Both sides start from the same weights, and must agree on the loss and on the tokens. The two are
@@ -24,12 +24,11 @@ from flax import nnx
 from common import cli
 from common.checkpoints.huggingface import save_model
 from common.decoding.generation import generate
-from common.models.base import RECIPES
+from common.models.base import RECIPES, pretraining_step
 from common.models.decoder import Decoder, DecoderConfig
 from common.reporting.report import environment
-from common.training.losses import next_token_loss
 from common.training.optimizer import make_optimizer
-from common.training.train_step import init_train_state, make_train_step
+from common.training.train_step import init_train_state
 
 _TURNS = flags.DEFINE_integer("turns", 5, "turns of each side")
 _OUT = flags.DEFINE_string("out", "benchmarks/models/llama_vs_transformers.json", "result")
@@ -70,15 +69,14 @@ def training(turns: int) -> dict:
   tokens = np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32)
   graphdef, params = nnx.split(model)
 
-  def loss_fn(params, batch, key):
-    del key
-    logits, _ = nnx.merge(graphdef, params)(batch["tokens"], segment_ids=batch["segment_ids"])
-    return next_token_loss(logits, batch["tokens"], batch["segment_ids"])
-
   optimizer = make_optimizer(learning_rate=1e-3, num_steps=10_000, weight_decay=0.1)
   state = init_train_state(params, optimizer, jax.random.key(0))
-  step_fn = make_train_step(loss_fn, optimizer)
-  batch = {"tokens": tokens, "segment_ids": np.ones(shape, np.int32)}
+  step_fn = pretraining_step(graphdef, optimizer)
+  batch = {
+    "tokens": tokens,
+    "positions": np.broadcast_to(np.arange(TRAIN_LENGTH, dtype=np.int32), shape),
+    "segment_ids": np.ones(shape, np.int32),
+  }
   torch_tokens = torch.from_numpy(tokens).long()
   torch_optimizer = torch.optim.AdamW(
     theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1

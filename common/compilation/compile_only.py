@@ -165,7 +165,7 @@ def table(compiled: CompiledStep, tpu: Slice) -> Table:
   result.add_row("FLOPs", f"{program.flops:.3g}")
   result.add_row("HBM traffic", _in_units(program.hbm_bytes))
   for kind, found in program.collectives.items():
-    sizes = f"together {_in_units(found.total_bytes)}, the largest {_in_units(found.largest_bytes)}"
+    sizes = f"together {_in_units(found.total_bytes)}, the largest {_in_units(found.sizes[-1])}"
     result.add_row(kind, f"{found.count:,} x, {sizes}")
   if not program.collectives:
     result.add_row("collectives", "none")

@@ -35,12 +35,12 @@ class Collective:
   Attributes:
     count: how many.
     total_bytes: their sizes together.
-    largest_bytes: the largest one's size.
+    sizes: their different sizes in bytes, the largest last.
   """
 
   count: int
   total_bytes: int
-  largest_bytes: int
+  sizes: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def cost(text: str) -> Cost:
     kind: Collective(
       count=sum(found.values()),
       total_bytes=round(sum(size * times for size, times in found.items())),
-      largest_bytes=round(max(found)),
+      sizes=tuple(sorted(map(round, found))),
     )
     for kind in COLLECTIVES
     if (found := reader.collectives[kind])

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import filelock
 import jax
 import jax.numpy as jnp
+import optax
 import tokenizers
 from flax import nnx
 
@@ -29,9 +30,9 @@ from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.decoder import Decoder, DecoderConfig
 from common.paths import cache_dir
 from common.training.loop import train
-from common.training.losses import next_token_loss
+from common.training.losses import linear_next_token_loss
 from common.training.optimizer import make_optimizer
-from common.training.train_step import init_train_state, make_train_step
+from common.training.train_step import StepFn, init_train_state, make_train_step
 
 CORPUS = "embedded:code,embedded:prose,embedded:science"
 
@@ -39,6 +40,10 @@ CORPUS = "embedded:code,embedded:prose,embedded:science"
 # change: the decoder's arithmetic or initialisation, the loss, the optimizer, the packing or the
 # order of the batches. Models that were cached before are then trained anew.
 RECIPE_VERSION = 1
+
+# Parts that a batch is computed in: what a quarter of it keeps for the backward pass stays in a
+# processor's cache.
+MICROBATCHES = 4
 
 
 class BaseModel(NamedTuple):
@@ -217,20 +222,28 @@ def _validate(model: Decoder, tokenizer: tokenizers.Tokenizer) -> WindowLosses:
   return window_losses(model, windows.tokens[chosen], num_bytes=windows.num_bytes[chosen])
 
 
-def _pretrain(graphdef, params, recipe: Recipe, tokenizer, seed: int, workdir):
+def pretraining_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation) -> StepFn:
+  """The train step of the base models, see `make_train_step`.
+
+  The batch has tokens, positions and segment_ids, int32 [batch, seq]; `MICROBATCHES` divides it.
+  """
+
   def loss_fn(params, batch, key):
     del key  # No dropout.
     model = nnx.merge(graphdef, params)
-    logits, _ = model(
-      batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
-    )
-    return next_token_loss(logits, batch["tokens"], batch["segment_ids"])
+    x, _ = model.run_blocks(batch["tokens"], batch["positions"], batch["segment_ids"])
+    ids = batch["tokens"], batch["segment_ids"]
+    return linear_next_token_loss(model.head_input(x), model.head_kernel, *ids)
 
+  return make_train_step(loss_fn, optimizer, accumulate_steps=MICROBATCHES)
+
+
+def _pretrain(graphdef, params, recipe: Recipe, tokenizer, seed: int, workdir):
   optimizer = make_optimizer(**recipe.optimizer)
   batches = token_batches(tokenizer=tokenizer, seed=seed, **recipe.data)
   state = train(
     init_train_state(params, optimizer, jax.random.key(seed)),
-    make_train_step(loss_fn, optimizer),
+    pretraining_step(graphdef, optimizer),
     iter(batches),
     num_steps=recipe.num_steps,
     workdir=workdir,

@@ -336,6 +336,17 @@ class Decoder(nnx.Module):
     Returns:
       logits float32 [batch, seq, vocab], and the updated cache (None without one).
     """
+    x, cache = self.run_blocks(tokens, positions, segment_ids, cache)
+    return self.head(x), cache
+
+  def run_blocks(
+    self,
+    tokens: Array,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+    cache: KVCache | None = None,
+  ) -> tuple[Array, KVCache | None]:
+    """As `__call__`, up to the last block's output [batch, seq, dim], which `head` takes."""
     if positions is None:
       start = 0 if cache is None else cache.length
       positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
@@ -349,7 +360,7 @@ class Decoder(nnx.Module):
         cache.keys[i], cache.values[i] = kv
     if cache is not None:
       cache.length = cache.length + tokens.shape[1]
-    return self.head(x), cache
+    return x, cache
 
   def context(self, positions: Array, segment_ids: Array, cache: KVCache | None = None):
     """Returns the blocks' `AttentionContext` and the cache with these tokens' ids written."""
@@ -366,12 +377,21 @@ class Decoder(nnx.Module):
 
   def head(self, x: Array) -> Array:
     """The last block's output [batch, seq, dim] -> logits float32 [batch, seq, vocab]."""
-    if self.final_norm is not None:
-      x = self.final_norm(x)
-    if self.project_out is not None:
-      x = self.project_out(x)
+    x = self.head_input(x)
     logits = self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
     return logits.astype(jnp.float32)
+
+  def head_input(self, x: Array) -> Array:
+    """The last block's output -> what the logits are a product of, [batch, seq, width]."""
+    if self.final_norm is not None:
+      x = self.final_norm(x)
+    return x if self.project_out is None else self.project_out(x)
+
+  @property
+  def head_kernel(self) -> Array:
+    """The other factor of the logits, [width, vocab]; only of a head that is not quantized."""
+    tied = self.lm_head is None
+    return self.embed_tokens.embedding[...].T if tied else self.lm_head.kernel[...]
 
 
 def make_context(

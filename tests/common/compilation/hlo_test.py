@@ -75,7 +75,7 @@ def test_bodies_of_loops_count_as_often_as_they_run():
   found = loop()
   assert found.unknown_loops == 0
   assert found.flops == 10 * 2 * 8 * 32 * 32
-  assert found.collectives["all-gather"] == Collective(10, 10 * 2048, 2048)
+  assert found.collectives["all-gather"] == Collective(10, 10 * 2048, (2048,))
 
 
 def test_loops_of_unknown_length_count_once_and_are_reported():
@@ -90,12 +90,12 @@ def test_a_collective_spread_over_fusions_is_one():
 
 def test_an_all_reduce_that_keeps_a_slice_is_a_reduce_scatter():
   found = loop(limit=3).collectives
-  assert found["reduce-scatter"] == Collective(1, 64 * 32 * 2, 64 * 32 * 2)
+  assert found["reduce-scatter"] == Collective(1, 64 * 32 * 2, (64 * 32 * 2,))
   assert "all-reduce" not in found
 
 
 def test_started_collectives_count_their_result():
-  assert loop().collectives["collective-permute"] == Collective(1, 8 * 32 * 2, 8 * 32 * 2)
+  assert loop().collectives["collective-permute"] == Collective(1, 8 * 32 * 2, (8 * 32 * 2,))
 
 
 def compiled(function, *shapes):

@@ -30,7 +30,7 @@ def saved_models(pattern: str) -> list[pathlib.Path]:
 @pytest.fixture
 def short(monkeypatch):
   """Makes a base model of a few steps, "test-short", and deletes what is saved of it."""
-  recipe = dataclasses.replace(base.RECIPES["lm-tiny"], num_steps=3, batch_size=2, seq_len=16)
+  recipe = dataclasses.replace(base.RECIPES["lm-tiny"], num_steps=3, batch_size=4, seq_len=16)
   monkeypatch.setitem(base.RECIPES, "test-short", recipe)
   losses = WindowLosses(np.ones(1), 1, np.ones(1))
   monkeypatch.setattr(base, "_validate", lambda *args: losses)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common.training.losses import next_token_loss
+from common.training.losses import linear_next_token_loss, next_token_loss
 
 
 def _reference(logits, tokens, segment_ids):
@@ -54,3 +54,32 @@ def test_huge_bfloat16_logits_stay_finite():
 def test_nothing_but_padding_is_zero_of_zero(packed):
   logits, tokens, segment_ids = packed
   assert next_token_loss(logits, tokens, np.zeros_like(segment_ids)) == (0, 0)
+
+
+@pytest.mark.parametrize("chunk_length", [1, 3, 8, 100])
+def test_without_logits_it_is_the_same_loss(packed, chunk_length):
+  _, tokens, segment_ids = packed
+  rng = np.random.default_rng(1)
+  x = rng.normal(size=(3, 8, 5)).astype(np.float32)
+  kernel = rng.normal(size=(5, 11)).astype(np.float32)
+
+  def of_logits(x, kernel):
+    loss, count = next_token_loss(x @ kernel, tokens, segment_ids)
+    return 3 * loss, count
+
+  def without(x, kernel):
+    loss, count = linear_next_token_loss(x, kernel, tokens, segment_ids, chunk_length=chunk_length)
+    return 3 * loss, count
+
+  results = [jax.value_and_grad(f, (0, 1), has_aux=True)(x, kernel) for f in (of_logits, without)]
+  # Sums in another order: some units of float32's last place.
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), *results)
+
+
+def test_without_logits_bfloat16_keeps_its_types():
+  x, kernel = jnp.ones((2, 4, 3), jnp.bfloat16), jnp.ones((3, 7), jnp.bfloat16)
+  ids = jnp.ones((2, 4), jnp.int32)
+  f = lambda x, kernel: linear_next_token_loss(x, kernel, ids, ids)[0]
+  loss, grads = jax.value_and_grad(f, (0, 1))(x, kernel)
+  assert loss.dtype == jnp.float32 and [g.dtype for g in grads] == [jnp.bfloat16] * 2
+  np.testing.assert_allclose(loss, 6 * np.log(7), rtol=1e-6)
