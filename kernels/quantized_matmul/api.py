@@ -5,10 +5,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels.quantized_matmul import xla
+from kernels.quantized_matmul import mosaic_tpu, xla
 from kernels.quantized_matmul.packing import PLANE_ROWS, SUPPORTED_BITS, packed_dtype
 
 Array = jax.Array
+
+# Chips whose matrix unit multiplies 8-bit integers.
+_MOSAIC_TPU_KINDS = ("TPU v5 lite", "TPU v5", "TPU v5p", "TPU v6 lite")
 
 
 def quantized_matmul(
@@ -18,7 +21,7 @@ def quantized_matmul(
   zero_points: Array | None = None,
   *,
   bits: int,
-  implementation: Literal["xla"] | None = None,
+  implementation: Literal["xla", "mosaic_tpu"] | None = None,
 ) -> Array:
   """Computes x @ W for W [in, out] stored in low-bit codes.
 
@@ -30,16 +33,21 @@ def quantized_matmul(
       [1, 1] (per tensor), any float type.
     zero_points: unsigned codes of the value 0, shaped like `scales`; None for symmetric codes.
     bits: 2, 3, 4 or 8.
-    implementation: "xla"; None picks the best that supports the arguments.
+    implementation: "xla" for any arguments and platform, "mosaic_tpu" for a few rows on TPU (see
+      `mosaic_tpu.unsupported`); None picks the best that supports the arguments: mosaic_tpu in a
+      process with one TPU, as a kernel is not cut over several devices by the compiler.
 
   Returns:
     [..., out] in x's dtype; sums are accumulated in float32.
 
   Raises:
-    ValueError: an argument has an unsupported value, shape or type.
+    ValueError: an argument has an unsupported value, shape or type, or the implementation that is
+      named does not support them.
   """
-  if implementation not in (None, "xla"):
-    raise ValueError(f"implementation {implementation!r} is not supported; supported: xla")
+  if implementation not in (None, "xla", "mosaic_tpu"):
+    raise ValueError(
+      f"implementation {implementation!r} is not supported; supported: xla, mosaic_tpu"
+    )
   if bits not in SUPPORTED_BITS:
     raise ValueError(f"{bits} bits are not supported; supported: {SUPPORTED_BITS}")
   if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -58,4 +66,15 @@ def quantized_matmul(
     raise ValueError(f"scales {scales.shape} do not divide the weights ({rows}, {columns})")
   if zero_points is not None and zero_points.shape != scales.shape:
     raise ValueError(f"zero_points {zero_points.shape} differ from scales {scales.shape}")
-  return xla.quantized_matmul(x, values, scales, zero_points, bits=bits)
+  problem = mosaic_tpu.unsupported(x, values, scales, bits=bits)
+  if implementation == "mosaic_tpu" and problem:
+    raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
+  if implementation is None and not problem and _one_capable_tpu():
+    implementation = "mosaic_tpu"
+  chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
+  return chosen.quantized_matmul(x, values, scales, zero_points, bits=bits)
+
+
+def _one_capable_tpu() -> bool:
+  devices = jax.devices()
+  return len(devices) == 1 and devices[0].device_kind in _MOSAIC_TPU_KINDS

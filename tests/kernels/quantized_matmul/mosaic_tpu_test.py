@@ -1,0 +1,167 @@
+"""The kernel in the TPU interpreter against float64, and compiled for real chips."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
+
+from common import cli
+from common.compilation.topology import tpu_slice
+from kernels.quantized_matmul import mosaic_tpu
+from kernels.quantized_matmul.api import quantized_matmul
+from kernels.quantized_matmul.packing import pack, packed_dtype
+
+
+def weights(bits, asymmetric, inputs, columns, group, scale_dtype=np.float32):
+  """Packed weights, and the float64 matrix that they stand for."""
+  rng = np.random.default_rng(bits)
+  low = 0 if asymmetric else -(2 ** (bits - 1))
+  codes = rng.integers(low, low + 2**bits, (inputs, columns))
+  scales = jnp.asarray(rng.uniform(0.5, 1.5, (inputs // group, columns)), scale_dtype)
+  zeros = rng.integers(0, 2**bits, scales.shape) if asymmetric else np.zeros(scales.shape, int)
+  spread = lambda v: np.repeat(np.asarray(v, np.float64), group, axis=0)
+  exact = (codes - spread(zeros)) * spread(scales)
+  packed_zeros = pack(jnp.asarray(zeros), bits, signed=False) if asymmetric else None
+  return (pack(jnp.asarray(codes), bits, signed=not asymmetric), scales, packed_zeros), exact
+
+
+def in_interpreter(x, packed, bits):
+  with pltpu.force_tpu_interpret_mode():
+    return quantized_matmul(x, *packed, bits=bits, implementation="mosaic_tpu")
+
+
+def check(x, packed, exact, bits):
+  y = in_interpreter(x, packed, bits)
+  assert y.shape == (*x.shape[:-1], exact.shape[1]) and y.dtype == x.dtype
+  reference = np.asarray(x, np.float64)
+  expected = reference @ exact
+  # x is rounded to 2^-14 of the largest value in reach; codes, up to 2^bits - 1 in size before the
+  # zero point comes off, are exact; sums and scales are float32; the result has x's precision.
+  largest = np.abs(reference).max(axis=-1, keepdims=True)
+  unsubtracted = np.abs(exact) + 2**bits * 1.5
+  bound = 2.0**-14 * largest * np.abs(exact).sum(axis=0)
+  bound = bound + 64 * 2.0**-24 * (np.abs(reference) @ unsubtracted)
+  bound = bound + float(jnp.finfo(x.dtype).eps) * np.abs(expected)
+  assert (np.abs(np.asarray(y, np.float64) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("asymmetric", (True, False))
+@pytest.mark.parametrize("bits", (2, 4, 8))
+def test_equals_float64(bits, asymmetric, monkeypatch):
+  monkeypatch.setattr(mosaic_tpu, "_BLOCK_INPUTS", 256)  # Two blocks of inputs.
+  packed, exact = weights(bits, asymmetric, 512, 256, 128)
+  x = np.random.default_rng(0).normal(size=(3, 512))
+  for dtype in (jnp.bfloat16, jnp.float32):
+    check(jnp.asarray(x, dtype), packed, exact, bits)
+
+
+@settings(max_examples=6, deadline=None)
+@given(
+  st.integers(1, 64), st.integers(1, 6), st.sampled_from((1, 2, 3)), st.booleans(), st.booleans()
+)
+def test_any_shape(rows, inputs, columns, per_channel, asymmetric):
+  inputs, columns = 128 * inputs, 128 * columns
+  packed, exact = weights(4, asymmetric, inputs, columns, inputs if per_channel else 128)
+  x = jnp.asarray(np.random.default_rng(rows).normal(size=(rows, inputs)), jnp.bfloat16)
+  check(x, packed, exact, 4)
+
+
+@pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
+def test_half_precision_scales_and_more_axes(dtype):
+  packed, exact = weights(4, True, 256, 128, 128, dtype)
+  check(
+    jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 256)), jnp.bfloat16), packed, exact, 4
+  )
+
+
+def test_an_outlier_costs_precision_in_its_block_only():
+  packed, exact = weights(4, False, 1024, 128, 128)
+  x = np.random.default_rng(0).normal(size=(1, 1024)).astype(np.float32)
+  x[0, 700] = 1e4
+  exact[512:] = 0  # Look at what the first block of 512 adds.
+  packed = (packed[0].at[512:].set(0), *packed[1:])
+  y = np.asarray(in_interpreter(jnp.asarray(x), packed, 4), np.float64)
+  bound = 2.0**-14 * np.abs(x[0, :512]).max() * np.abs(exact).sum(axis=0) + 1e-3
+  assert (np.abs(y - x.astype(np.float64) @ exact) <= bound).all()
+
+
+@pytest.mark.parametrize("value", (np.nan, np.inf))
+def test_what_is_not_finite_stays_in_its_row(value):
+  packed, _ = weights(4, True, 128, 128, 128)
+  x = np.ones((2, 128), np.float32)
+  x[1, 3] = value
+  y = np.asarray(in_interpreter(jnp.asarray(x), packed, 4))
+  assert np.isfinite(y[0]).all() and not np.isfinite(y[1]).any()
+
+
+def test_zeros_give_zeros():
+  packed, _ = weights(4, True, 128, 128, 128)
+  assert not np.asarray(in_interpreter(jnp.zeros((1, 128)), packed, 4)).any()
+
+
+def test_gradients_are_those_of_the_reference():
+  (values, scales, zeros), _ = weights(4, True, 256, 128, 128)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 256)), jnp.float32)
+
+  def loss(x, scales, implementation):
+    y = quantized_matmul(x, values, scales, zeros, bits=4, implementation=implementation)
+    return jnp.sum(jnp.sin(y / 16))
+
+  with pltpu.force_tpu_interpret_mode():
+    ours = jax.grad(loss, (0, 1))(x, scales, "mosaic_tpu")
+  # The sine's slope is taken at outputs that differ by the rounding of x, less than 0.1 here.
+  for a, b in zip(ours, jax.grad(loss, (0, 1))(x, scales, "xla")):
+    np.testing.assert_allclose(a, b, atol=0.01 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+  "bits, x, columns, scales, words",
+  [
+    (3, (1, 128), 128, (1, 128), "3 bits, expected 2, 4 or 8"),
+    (4, (65, 128), 128, (1, 128), "65 rows, expected 1 to 64"),
+    (4, (0, 128), 128, (1, 128), "0 rows"),
+    (4, (1, 100), 128, (1, 128), r"\[100, 128\], expected multiples of 128"),
+    (4, (1, 128), 100, (1, 100), r"\[128, 100\], expected multiples of 128"),
+    (4, (1, 128), 128, (2, 128), r"scales \[2, 128\], expected one for each column"),
+    (4, (1, 128), 128, (128, 1), r"scales \[128, 1\], expected one for each column"),
+  ],
+)  # fmt: skip
+def test_what_has_no_kernel_is_named(bits, x, columns, scales, words):
+  values = pack(jnp.zeros((x[1], columns), jnp.int32), bits, signed=True)
+  arguments = jnp.ones(x, jnp.bfloat16), values, jnp.ones(scales)
+  with pytest.raises(ValueError, match="mosaic_tpu does not support .*" + words):
+    quantized_matmul(*arguments, bits=bits, implementation="mosaic_tpu")
+  assert quantized_matmul(*arguments, bits=bits).shape == (x[0], columns)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("slice_name", ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
+def test_compiles_for_tpu(slice_name):
+  cli.prepare_jax(compile_only=True)
+  where = SingleDeviceSharding(tpu_slice(slice_name).devices[0])
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+  # Llama-2-7B's projections down (two blocks of 43 groups) and up, and per-channel 8-bit codes.
+  for bits, rows, inputs, columns, groups in [
+    (4, 1, 11008, 4096, 86), (2, 16, 4096, 11008, 32), (8, 33, 4096, 4096, 1)
+  ]:  # fmt: skip
+    dtype = packed_dtype(bits, signed=False)
+    function = lambda *arrays, bits=bits: quantized_matmul(
+      *arrays, bits=bits, implementation="mosaic_tpu"
+    )
+    compiled = (
+      jax.jit(function)
+      .lower(
+        array((rows, inputs), jnp.bfloat16),
+        array((inputs, columns), dtype),
+        array((groups, columns), jnp.bfloat16),
+        array((groups, columns), dtype),
+      )
+      .compile()
+    )
+    assert f"quantized_matmul_w{bits}" in compiled.as_text()
