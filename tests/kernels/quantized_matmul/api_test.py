@@ -107,7 +107,10 @@ def test_implementation_by_name():
 
 BAD_ARGUMENTS = {
   "bits": ({"bits": 5}, "5 bits are not supported; supported: .*2, 3, 4, 8"),
-  "implementation": ({"implementation": "cuda"}, "'cuda' is not supported; supported: xla, mosaic_tpu"),
+  "implementation": (
+    {"implementation": "cuda"},
+    "'cuda' is not supported; supported: xla, mosaic_tpu",
+  ),
   "integer x": ({"x": jnp.ones((2, ROWS), jnp.int32)}, "floating point, got int32"),
   "scalar x": ({"x": jnp.float32(1)}, "at least one dimension"),
   "x and values disagree": ({"x": jnp.ones((2, ROWS - 8))}, r"expected \(32, 24\)"),
