@@ -29,7 +29,7 @@ LANES = 128  # Columns of a register, and inputs of the matrix unit.
 MAX_ROWS = 64
 _ROW_TILE = 16  # Two digits of it fill an 8-bit tile.
 _ACTIVATION_BLOCK = 512  # At most; sums over it fit into int32.
-_BLOCK_INPUTS = 6144  # At most; the loop over a block's groups is unrolled.
+_BLOCK_INPUTS = 6144  # At most.
 _BLOCK_COLUMNS = (512, 256, 128)
 _VMEM_BYTES = 64 * 2**20
 
@@ -101,9 +101,9 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
   scales = jnp.repeat(scales, groups // scales.shape[0], axis=0)
   if scales.dtype == jnp.float16:
     scales = scales.astype(jnp.float32)  # TPUs have no float16.
-  block_inputs = _largest_divisor(inputs, group, _BLOCK_INPUTS)
-  activation_block = _largest_divisor(block_inputs, group, _ACTIVATION_BLOCK)
-  blocks = inputs // block_inputs
+  block = block_inputs(inputs, group)
+  activation_block = _largest_divisor(block, group, _ACTIVATION_BLOCK)
+  blocks = inputs // block
   block_columns = next(n for n in _BLOCK_COLUMNS if columns % n == 0)
   # The cores of a chip share the columns; each splits the activations once, in its first column.
   cores = math.gcd(columns // block_columns, 2)
@@ -112,8 +112,8 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
   of_columns = pl.BlockSpec((groups, block_columns), lambda c, n, k: (0, c * per_core + n))
   arguments = [x, values, scales]
   in_specs = [
-    pl.BlockSpec((padded, block_inputs), x_index),
-    pl.BlockSpec((block_inputs, block_columns), lambda c, n, k: (k, c * per_core + n)),
+    pl.BlockSpec((padded, block), x_index),
+    pl.BlockSpec((block, block_columns), lambda c, n, k: (k, c * per_core + n)),
     of_columns,
   ]
   if zero_points is not None:
@@ -130,7 +130,7 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
     scratch_shapes=[
       pltpu.VMEM((padded, block_columns), jnp.float32),
       pltpu.VMEM((groups, block_columns), jnp.float32),
-      pltpu.VMEM((blocks, 2 * padded, block_inputs), jnp.int8),
+      pltpu.VMEM((blocks, 2 * padded, block), jnp.int8),
       pltpu.VMEM((inputs // activation_block, padded, LANES), jnp.float32),
       pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
     ],
@@ -140,6 +140,11 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
     name=f"quantized_matmul_w{bits}",
   )(*arguments)
   return out[:rows].reshape(*leading, columns)
+
+
+def block_inputs(inputs: int, group: int) -> int:
+  """Inputs that one step of the grid reads; the loop over their groups is unrolled."""
+  return _largest_divisor(inputs, group, _BLOCK_INPUTS)
 
 
 def split_activations(x: Array) -> tuple[Array, Array, Array]:
@@ -179,10 +184,10 @@ def unpack(values: Array, bits: int) -> Array:
 
 def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: int):
   *zero_points, out, total, float_scales, digits, steps, sums = rest
-  rows, block_inputs = x.shape
+  rows, inputs = x.shape
   column, block, blocks = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
-  first_group = block * (block_inputs // group)
-  first_step = block * (block_inputs // activation_block)
+  first_group = block * (inputs // group)
+  first_step = block * (inputs // activation_block)
 
   @pl.when((column == 0) & (block == 0))
   def _():
@@ -191,7 +196,7 @@ def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: i
   @pl.when(column == 0)
   def _():
     order = _unpacked_order(bits)
-    for i, start in enumerate(range(0, block_inputs, activation_block)):
+    for i, start in enumerate(range(0, inputs, activation_block)):
       high, low, step = split_activations(x[:, start : start + activation_block])
       both = jnp.concatenate([high, low]).astype(jnp.int8)
       for at in range(0, activation_block, LANES):
@@ -211,7 +216,7 @@ def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: i
     float_scales[...] = scales[...].astype(jnp.float32)
     total[...] = jnp.zeros(total.shape, total.dtype)
 
-  for i, start in enumerate(range(0, block_inputs, activation_block)):
+  for i, start in enumerate(range(0, inputs, activation_block)):
     part = jnp.zeros(out.shape, jnp.float32)
     for at in range(start, start + activation_block, group):
       chunks = [unpack(values[j : j + LANES], bits) for j in range(at, at + group, LANES)]

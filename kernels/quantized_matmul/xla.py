@@ -44,6 +44,9 @@ def quantized_matmul(
   """x [..., rows] times the dequantized [rows, columns], accumulated in float32."""
   # Dequantize when x is there, not before: a decoding loop's compiler would otherwise move every
   # layer's dequantization out of the loop and hold the whole model in full precision.
-  x, values, scales = jax.lax.optimization_barrier((x, values, scales))
+  if bits == 2:  # libtpu 0.0.52 aborts on a barrier with 2-bit values.
+    x, scales = jax.lax.optimization_barrier((x, scales))
+  else:
+    x, values, scales = jax.lax.optimization_barrier((x, values, scales))
   weights = dequantize(values, scales, zero_points, bits=bits, rows=x.shape[-1], dtype=x.dtype)
   return jnp.dot(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
