@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 
 def smallest_eigenvalue(x: jax.Array, intercepts: jax.Array, slopes: jax.Array) -> jax.Array:
-  """lambda_min with expectations over the rows of x [n, p]; intercepts [2], the second may be inf."""
+  """lambda_min, means over the rows of x [n, p]; intercepts [2], the second may be inf."""
   eta = x @ slopes
   first, last = jax.nn.sigmoid(intercepts[0] + eta), jax.nn.sigmoid(-intercepts[1] - eta)
   middle = 1 - first - last

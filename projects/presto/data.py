@@ -1,4 +1,4 @@
-"""The paper's data: simulated draws (sections 4.1 and 4.2), soup (4.3) and prediabetes (appendix B)."""
+"""The paper's data: simulated (sections 4.1, 4.2), soup (4.3) and prediabetes (appendix B)."""
 
 from typing import Literal, NamedTuple
 

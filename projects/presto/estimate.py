@@ -7,7 +7,8 @@
 --l1_ratio=1         1 is PRESTO, 0 its ridge variant
 --num_lambdas=100 --smallest_ratio=1e-4 --folds=5 --seed=0
                      the penalties, and the cross-validation that chooses among them
---workdir=DIR        report.json, report.md, the plot and probabilities.csv (default: runs/presto-data)
+--workdir=DIR        report.json, report.md, cross_validation.png, probabilities.csv
+                     (default: runs/presto-data)
 """
 
 import pathlib

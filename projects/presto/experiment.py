@@ -35,7 +35,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
 
 
 class RareBoundary(NamedTuple):
-  """The last boundary's coefficients of R replications: P(rare | x) = sigmoid(-(alpha + x'beta))."""
+  """The last boundary in R replications: P(rare | x) = sigmoid(-(alpha + x'beta))."""
 
   intercept: jax.Array  # [R]
   slopes: jax.Array  # [R, p]

@@ -28,7 +28,7 @@ _GOOD_REDUCTION = 4.0
 # Sweeps of coordinate descent between two Newton steps on the signs found, and how many such
 # rounds.
 _SWEEPS, _ROUNDS = 2, 100
-# Relative to the Hessian's diagonal: makes the support's system solvable when columns are collinear.
+# Relative to the Hessian's diagonal: the support's system stays solvable with collinear columns.
 _RIDGE = 1e-12
 
 
