@@ -15,6 +15,9 @@ Report`; it is imported by name once the command line is known to be right, so t
 errors need not wait for JAX. For `--compile_only=SLICE` a `compile_steps.py` beside it has
 `compile_steps(config, devices) -> list[Step]` (`common.compilation`).
 
+A paper whose method estimates something from a table has an `estimate.py` as well, with flags of its
+own and `main(argv)`: `./run.sh SLUG --data=FILE` runs it instead, and its docstring is the help.
+
 An app's `main(argv)` is run by `cli.run_app(main)`. What the user can mend (`UserError`, a bad
 flag) is one line on stderr and exit code 2; Ctrl-C is exit code 130; anything else keeps its
 traceback.
@@ -52,6 +55,11 @@ _HELP = ("-h", "--help")
 
 def run(slug: str) -> NoReturn:
   """Runs the paper `projects/SLUG` as the command line says, and exits."""
+  on_data = any(re.fullmatch("--?data(=.*)?", arg) for arg in sys.argv[1:])
+  if on_data and importlib.util.find_spec(f"projects.{slug}.estimate"):
+    estimate = importlib.import_module(f"projects.{slug}.estimate")
+    sys.modules["__main__"].__doc__ = estimate.__doc__
+    run_app(estimate.main)
   config_file = pathlib.Path(importlib.util.find_spec(f"projects.{slug}.config").origin)
   root = config_file.parents[2]
   flags.DEFINE_string("workdir", None, f"folder of the results (default: runs/{slug}-PRESET)")

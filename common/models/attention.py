@@ -1,8 +1,8 @@
 """Multi-head attention over arrays laid out [batch, heads, seq, head_dim].
 
 With the heads before the tokens each head's keys are one matrix in memory: the products need no
-transposed copy of a KV cache, which on the CPU costs more than the products. In this layout a step
-against a cache takes half the time of `jax.nn.dot_product_attention`, whose tokens come first.
+transposed copy of a KV cache, which on the CPU costs more than they do. That is why this is not
+`jax.nn.dot_product_attention`, whose tokens come first.
 """
 
 import math

@@ -99,6 +99,37 @@ def bar_plot(
       axes.legend()
 
 
+def interval_plot(
+  path: PathLike,
+  names: Sequence[str],
+  series: Mapping[str, tuple[Sequence[float], Sequence[Sequence[float]]]],
+  *,
+  xlabel: str,
+  title: str = "",
+) -> None:
+  """Plots estimates with intervals, a row per name: {label: ([names], (low, high) [names, 2])}."""
+  rows = np.arange(len(names))[::-1]  # Read from top to bottom.
+  height = 1.2 + len(names) * (0.22 + 0.13 * len(series))
+  with _axes(path, title, xlabel, "", height) as axes:
+    for i, (label, (estimates, intervals)) in enumerate(series.items()):
+      low, high = np.asarray(intervals).T
+      axes.errorbar(
+        estimates,
+        rows + 0.6 * ((len(series) - 1) / 2 - i) / len(series),
+        xerr=[estimates - low, high - estimates],
+        fmt=_MARKERS[i % len(_MARKERS)],
+        color=_COLORS[i % len(_COLORS)],
+        label=label,
+        capsize=2.5,
+      )
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(rows, names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.grid(axis="y", visible=False)
+    if len(series) > 1:
+      axes.figure.legend(loc="outside lower center", ncols=len(series))
+
+
 def heatmap(
   path: PathLike,
   matrix: Sequence[Sequence[float]],
@@ -134,13 +165,13 @@ def heatmap(
 
 
 @contextlib.contextmanager
-def _axes(path: PathLike, title: str, xlabel: str, ylabel: str) -> Iterator:
+def _axes(path: PathLike, title: str, xlabel: str, ylabel: str, height: float = 3.4) -> Iterator:
   """Gives the axes of a new figure and saves it to `path`."""
   import matplotlib
   from matplotlib.figure import Figure
 
   with matplotlib.rc_context(_STYLE):
-    figure = Figure(figsize=(5, 3.4), dpi=180, layout="constrained")
+    figure = Figure(figsize=(5, height), dpi=180, layout="constrained")
     axes = figure.subplots()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     yield axes

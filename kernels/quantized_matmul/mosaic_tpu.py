@@ -7,7 +7,7 @@ operations for two registers of 8-bit operands:
   code, so that a shift and two masks turn a word of eight codes into two words of four operands
   each. The codes come out in another order of the input dimension; x is put in the same order.
 - x is split into two 8-bit digits, x = (256 high + low) step, with a power of two `step` for each
-  row and block of up to 512 inputs. That keeps 15 bits of the block's largest value; bfloat16 has 8.
+  row and block of up to 512 inputs. That keeps 14 bits of the block's largest value; bfloat16 has 8.
   The digits are rows of one product: for a few rows the matrix unit takes them for free.
 - A group's sum is an exact int32 and is scaled once. Zero points come off by a second, small
   product: (x's sums over the groups) @ (scales * zero points).

@@ -68,10 +68,10 @@ def main(argv: list[str]) -> None:
   workdir = pathlib.Path(_WORKDIR.value or _ROOT / "runs" / f"dsl-{path.name.split('.')[0]}")
   cli.prepare_jax()
   from common.data.tabular import read_table
+  from common.reporting import plots
   from common.reporting import report as reporting
   from projects.dsl.baselines import BASELINES, fit_baseline
   from projects.dsl.dsl import DSL
-  from projects.dsl.interval_plot import interval_plot
   from projects.dsl.problem import regression
 
   start = time.perf_counter()
@@ -102,9 +102,14 @@ def main(argv: list[str]) -> None:
       except UserError as e:
         failures.append(str(e))
     tables.append(comparison_table(fits, failures))
-    interval_plot(
+    plots.interval_plot(
       workdir / "coefficients.png",
-      [f for f in fits if f.method in ("DSL", "GSO", "SO")],
+      fits[0].names,
+      {
+        f.method: (f.coefficients, f.confidence_intervals())
+        for f in fits
+        if f.method in ("DSL", "GSO", "SO")
+      },
       xlabel="coefficient, 95 % interval",
       title=path.name,
     )

@@ -10,11 +10,11 @@ from sklearn.linear_model import LogisticRegression
 from common.data.tabular import read_table
 from common.errors import UserError
 from common.paths import data_dir
+from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.dsl import simulation
 from projects.dsl.baselines import fit_baseline
 from projects.dsl.dsl import DSL
-from projects.dsl.interval_plot import interval_plot
 from projects.dsl.labelling import label_documents
 from projects.dsl.learners import logistic
 from projects.dsl.problem import regression
@@ -112,9 +112,10 @@ def complaints(config: ConfigDict, workdir: pathlib.Path, report: Report) -> Non
       note="Estimate (standard error).",
     )
   )
-  interval_plot(
+  plots.interval_plot(
     workdir / "complaints.png",
-    [f for f in fits if f.method != "SSL"],
+    fits[0].names,
+    {f.method: (f.coefficients, f.confidence_intervals()) for f in fits if f.method != "SSL"},
     xlabel="log odds, 95 % interval",
     title="Complaints passed on to superiors",
   )

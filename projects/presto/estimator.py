@@ -146,8 +146,8 @@ class Presto:
     raise UserError(
       f"{int((~converged).sum())} of {converged.size} fits did not converge{where}, the first at "
       f"penalty {float(lambdas[first]):.3g}: KKT residual up to {residual:.2g} after "
-      f"{self.max_iterations} iterations, expected at most {self.tolerance:g} and a bounded solution; use larger "
-      "penalties (classes may be separable) or raise max_iterations"
+      f"{self.max_iterations} iterations, expected at most {self.tolerance:g} and a bounded "
+      "solution; use larger penalties (classes may be separable) or raise max_iterations"
     )
 
 

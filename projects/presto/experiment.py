@@ -171,7 +171,7 @@ def error_bars(path, errors: dict, methods, scale: float, ylabel: str, title: st
     path,
     list(errors),
     {name: [v.mean() for v in values(name)] for name in methods},
-    errors={name: [v.std() / len(v) ** 0.5 for v in values(name)] for name in methods},
+    errors={name: [v.std(ddof=1) / len(v) ** 0.5 for v in values(name)] for name in methods},
     ylabel=ylabel,
     title=title,
   )

@@ -3,8 +3,8 @@
     minimise  -(1/n) sum_i log pi_{y_i}(x_i) + lambda sum_k w_k (a |psi_k|_1 + (1-a)/2 |psi_k|_2^2)
 
 psi_0 = beta_0 and psi_k = beta_k - beta_{k-1} are the slopes of the first boundary and their
-changes from one boundary to the next. PRESTO has a = 1 and all block weights w_k = 1; a = 0 is its ridge
-variant; intercepts are free. Covariates are standardised before the fit (divided by n, not n - 1).
+changes from one boundary to the next. PRESTO has a = 1 and all block weights w_k = 1; a = 0 is its
+ridge variant; intercepts are free. Covariates are standardised before the fit (divided by n, not n - 1).
 
 The same fit gives the baselines: with w = (0, inf, ..., inf) the slopes are equal and unpenalised,
 which is proportional odds; with two classes and lambda = 0 it is logistic regression.
@@ -198,7 +198,6 @@ def cross_validate(
 
   A fold is left out by weights of 0, so that all fits have one shape. They are mapped, not vmapped:
   in lock step each would wait for the slowest, and a Hessian that one needs is computed for all.
-  On two CPU cores four replications at once took 2.5 times as long as one after the other.
 
   Args:
     x, y, lambdas, num_classes, l1_ratio, tolerance, max_iterations: as in `fit_path`.

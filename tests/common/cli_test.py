@@ -60,6 +60,19 @@ FILES = {
 }
 
 
+ESTIMATE = '''
+"""The toy on a table."""
+
+from absl import flags
+
+_DATA = flags.DEFINE_string("data", None, "table")
+
+
+def main(argv):
+  print("estimates from", _DATA.value)
+'''
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
   root = tmp_path_factory.mktemp("checkout")
@@ -105,6 +118,19 @@ def test_a_run_writes_its_report_under_the_users_folder(toy):
   assert report["claims"][0]["measured"] == [3.0, 3.0, 3.0]
   assert report["environment"]["backend"] == "cpu" and report["seconds"] > 0
   assert "jax imported early: False" in done.stdout and "✓ c" in done.stdout
+
+
+def test_a_table_goes_to_the_papers_estimate(toy, root):
+  refused = toy("--data=my.csv")
+  assert refused.returncode == 2 and "data" in refused.stderr
+  (root / "projects" / "toy" / "estimate.py").write_text(ESTIMATE)
+  try:
+    done = toy("--data=my.csv")
+    assert (done.returncode, done.stdout) == (0, "estimates from my.csv\n")
+    assert toy("--data=", "--help").stdout == "The toy on a table.\n"
+    assert toy("--database=x").returncode == 2
+  finally:
+    (root / "projects" / "toy" / "estimate.py").unlink()
 
 
 def test_results_go_to_runs_by_default_and_config_paths_may_be_of_the_checkout(toy, root):

@@ -407,7 +407,10 @@ def test_incomplete_rows_are_dropped_before_probabilities_are_rescaled(table):
 
 
 def test_complaints_of_pan_and_chen():
-  path = data_dir("dsl") / "PanChen.csv"
+  try:
+    path = data_dir("dsl") / "PanChen.csv"
+  except UserError as e:
+    pytest.skip(str(e))
   covariates = ["countyWrong", "prefecWrong", "connect2b", "prevalence", "regionj", "groupIssue"]
   problem = regression(
     read_table(path),

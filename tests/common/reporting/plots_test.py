@@ -17,12 +17,15 @@ def _draw(kind, path):
   elif kind == "bar":
     series = {"RTN": [1, 2], "AWQ": [0.5, 1]}
     plots.bar_plot(path, ["INT3", "INT4"], series, errors={"AWQ": [0.1, 0.1]}, ylabel="y")
+  elif kind == "interval":
+    series = {"OLS": ([1.0, -0.5], [[0.5, 1.5], [-1, 0]]), "DSL": ([0.9, 0], [[0, 2], [-1, 1]])}
+    plots.interval_plot(path, ["x1", "x2"], series, xlabel="coefficient", title="t")
   else:
     matrix = [[0.0, np.nan], [1.0, 2.0]]
     plots.heatmap(path, matrix, ["a", "b"], ["c", "d"], title="t", annotate=".1f")
 
 
-@pytest.mark.parametrize("kind", ["line", "bar", "heatmap"])
+@pytest.mark.parametrize("kind", ["line", "bar", "interval", "heatmap"])
 def test_a_plot_is_a_png_and_leaves_no_global_state(kind, tmp_path):
   before = dict(matplotlib.rcParams)
   _draw(kind, tmp_path / "p.png")
