@@ -86,7 +86,7 @@ def compile_step(step: Step) -> CompiledStep:
     raise ValueError(f"the step {step.name!r} has no argument that is placed on a mesh")
   function = step.function if hasattr(step.function, "lower") else jax.jit(step.function)
   try:
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.enable_x64(step.x64):
       compiled, text = compile_lowered(function.lower(*step.arguments))
   except jax.errors.JaxRuntimeError as e:
     # Fast on-chip memory may be exhausted too: that is a kernel's fault, not the slice's.

@@ -130,6 +130,30 @@ def interval_plot(
       axes.figure.legend(loc="outside lower center", ncols=len(series))
 
 
+def reliability_plot(
+  path: PathLike,
+  series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+  *,
+  title: str = "",
+) -> None:
+  """Plots {name: (mean forecast, observed share) of each bin}; a calibrated one is diagonal."""
+  with _axes(path, title, "forecast probability", "observed share", 4.6) as axes:
+    axes.plot([0, 1], [0, 1], color="black", linewidth=0.8)
+    for i, (name, (predicted, observed)) in enumerate(series.items()):
+      filled = np.isfinite(predicted)
+      axes.plot(
+        np.asarray(predicted)[filled],
+        np.asarray(observed)[filled],
+        label=name,
+        color=_COLORS[i % len(_COLORS)],
+        marker=_MARKERS[i % len(_MARKERS)],
+        linestyle=_LINES[i % len(_LINES)],
+        linewidth=1.2,
+      )
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    axes.legend()
+
+
 def heatmap(
   path: PathLike,
   matrix: Sequence[Sequence[float]],

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +117,7 @@ def replicate(
   """
   with jax.enable_x64():
     keys = jax.random.split(jax.random.key(seed), draws)
-    estimates = _replicate(design, tuple(methods), learner, folds, keys)
+    estimates = estimate_draws(design, tuple(methods), learner, folds, keys)
     truth = np.asarray(design.truth)
     return {
       name: Replications(
@@ -149,7 +149,11 @@ def replicate_with(design: Design, model: dsl.DSL, *, draws: int, seed: int) -> 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _replicate(design, methods, learner, folds, keys) -> Mapping[str, Estimate]:
+def estimate_draws(
+  design: Design, methods: tuple[str, ...], learner: Learner | str, folds: int, keys: Array
+) -> dict[str, Estimate]:
+  """Every method's estimate in the draw of every key [draws]; leaves have that leading axis."""
+
   def of_draw(key):
     draw_key, split_key = jax.random.split(key)
     full = design.draw(draw_key)

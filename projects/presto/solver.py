@@ -213,9 +213,11 @@ def _quadratic_minimum(
     both = support[:, None] & support[None, :]
     scaled = jnp.where(both, matrix * scale[:, None] * scale[None, :], 0)
     scaled += jnp.diag(jnp.where(support, _RIDGE, 1))
-    factor = jax.scipy.linalg.cho_factor(scaled, lower=True)
-    direction = scale * jax.scipy.linalg.cho_solve(factor, wanted * scale)
-    direction = jnp.where(support & jnp.all(jnp.isfinite(direction)), direction, 0)
+    # Not by Cholesky, which the TPU compiler lacks in float64.
+    direction = scale * jnp.linalg.solve(scaled, wanted * scale)
+    # Rounding may make the system of collinear columns indefinite: then not a descent direction.
+    descends = jnp.all(jnp.isfinite(direction)) & (wanted @ direction > 0)
+    direction = jnp.where(support & descends, direction, 0)
     changes_sign = (l1 > 0) & (z * (z + direction) < 0)
     until_zero = jnp.where(changes_sign, -z / jnp.where(changes_sign, direction, 1), jnp.inf)
     t = jnp.minimum(jnp.min(until_zero), 1)

@@ -5,7 +5,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from common.compilation.compile_only import compile_for, compile_step
 from common.compilation.decoder_steps import decode_step, decoder_config, training_step
-from common.compilation.step import Step
+from common.compilation.step import Step, independent
 from common.compilation.topology import CHIPS, tpu_slice
 from common.errors import UserError
 from common.models.decoder import DecoderConfig
@@ -49,6 +49,25 @@ def test_steps_that_fit(capsys):
   assert rows["HBM traffic"] == "512 MiB"
   assert rows["collectives"] == "none"
   assert rows["time"] == "at least 0.656 ms (memory-bound)"  # 512 MiB at 819 GB/s.
+
+
+def test_independent_replications_are_cut_over_the_devices():
+  devices = tpu_slice("v5e:2x2").devices
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 10))
+  x = jax.ShapeDtypeStruct((10, 1024), jnp.float32)
+  widths = []
+
+  def draw(keys, x):
+    widths.append((len(keys), x.shape))
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (1024,), jnp.float64))(keys)
+    return x + noise
+
+  step = independent("draws", draw, (keys, x), devices, x64=True)
+  assert [a.shape for a in step.arguments] == [(12,), (12, 1024)]
+  compiled = compile_step(step)
+  assert set(widths) == {(3, (3, 1024))}  # Three of twelve for each device.
+  assert compiled.cost.collectives == {}
+  assert compiled.memory.outputs >= 3 * 1024 * 8  # float64.
 
 
 def test_a_step_that_does_not_fit(capsys):

@@ -20,12 +20,15 @@ def _draw(kind, path):
   elif kind == "interval":
     series = {"OLS": ([1.0, -0.5], [[0.5, 1.5], [-1, 0]]), "DSL": ([0.9, 0], [[0, 2], [-1, 1]])}
     plots.interval_plot(path, ["x1", "x2"], series, xlabel="coefficient", title="t")
+  elif kind == "reliability":
+    series = {"raw": ([0.1, np.nan, 0.8], [0.2, np.nan, 0.6]), "scaled": ([0.2, 0.7], [0.2, 0.7])}
+    plots.reliability_plot(path, series, title="t")
   else:
     matrix = [[0.0, np.nan], [1.0, 2.0]]
     plots.heatmap(path, matrix, ["a", "b"], ["c", "d"], title="t", annotate=".1f")
 
 
-@pytest.mark.parametrize("kind", ["line", "bar", "interval", "heatmap"])
+@pytest.mark.parametrize("kind", ["line", "bar", "interval", "reliability", "heatmap"])
 def test_a_plot_is_a_png_and_leaves_no_global_state(kind, tmp_path):
   before = dict(matplotlib.rcParams)
   _draw(kind, tmp_path / "p.png")
