@@ -1,0 +1,135 @@
+"""Multi-head attention: the one public function for many queries."""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import mosaic_tpu, xla
+from kernels.attention.masks import Rule, Tokens
+
+Array = jax.Array
+
+
+def attention(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  positions: Array | None = None,
+  segment_ids: Array | None = None,
+  key_positions: Array | None = None,
+  key_segment_ids: Array | None = None,
+  causal: bool = True,
+  sliding_window: int | None = None,
+  alibi_slopes: Array | None = None,
+  mask: Array | None = None,
+  bias: Array | None = None,
+  scale: float | None = None,
+  implementation: Literal["xla", "mosaic_tpu"] | None = None,
+) -> Array:
+  """softmax(scale query key^T + bias) value (Vaswani et al. 2017, section 3.2.1).
+
+  A query attends to keys of its own segment, if `causal` only to positions up to its own, and with
+  a sliding window only to the last so many of these. One that may attend to nothing gives zeros.
+
+  Args:
+    query: [batch, heads, seq, key_dim], float32 or bfloat16.
+    key: [batch, kv_heads, keys, key_dim]; consecutive query heads share one of them.
+    value: [batch, kv_heads, keys, value_dim].
+    positions, segment_ids: int32 [batch, seq] of the queries; by default 0, 1, ... and 1. Segment
+      0 is padding.
+    key_positions, key_segment_ids: int32 [batch, keys]; by default the queries', or 0, 1, ... and
+      1 where there are other numbers of keys and queries.
+    causal: see above.
+    sliding_window: positions that a query sees, its own included.
+    alibi_slopes: [heads]; slope * (key's position - query's) is added to the scores. Constants: the
+      kernels give them no gradient.
+    mask: bool, broadcastable to [batch, heads, seq, keys]: False forbids besides all else, as for
+      the tree of a speculative decoder.
+    bias: added to the scores, broadcastable likewise.
+    scale: 1 / sqrt(key_dim) by default.
+    implementation: "xla" for any platform; "mosaic_tpu", whose scores never leave the chip; None
+      picks the best that supports the arguments: mosaic_tpu in a process with one TPU, as a kernel
+      is not cut over several devices by the compiler.
+
+  Returns:
+    [batch, heads, seq, value_dim] in query's dtype; scores and softmax are float32.
+
+  Raises:
+    ValueError: shapes that do not belong together, or what the named implementation lacks.
+  """
+  if implementation not in (None, "xla", "mosaic_tpu"):
+    raise ValueError(
+      f"implementation {implementation!r} is not supported; supported: xla, mosaic_tpu"
+    )
+  _check_shapes(query, key, value)
+  if sliding_window is not None and sliding_window < 1:
+    raise ValueError(f"sliding_window={sliding_window} must be positive")
+  batch, heads, seq, _ = query.shape
+  count = key.shape[2]
+  if alibi_slopes is not None and alibi_slopes.shape != (heads,):
+    raise ValueError(f"alibi_slopes have shape {alibi_slopes.shape}, expected {(heads,)}")
+  if seq == count:
+    key_positions = positions if key_positions is None else key_positions
+    key_segment_ids = segment_ids if key_segment_ids is None else key_segment_ids
+  queries = _tokens("", positions, segment_ids, batch, seq)
+  keys = _tokens("key_", key_positions, key_segment_ids, batch, count)
+  for name, x in (("mask", mask), ("bias", bias)):
+    if x is not None and jnp.broadcast_shapes(x.shape, (batch, heads, seq, count)) != (
+      batch, heads, seq, count
+    ):  # fmt: skip
+      raise ValueError(f"{name} {x.shape} does not broadcast to {(batch, heads, seq, count)}")
+  if mask is not None:
+    bias = jnp.where(mask, 0.0 if bias is None else bias, -jnp.inf)
+  problem = mosaic_tpu.unsupported(query, key, value)
+  if implementation == "mosaic_tpu" and problem:
+    raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
+  if implementation is None and not problem and _one_tpu():
+    implementation = "mosaic_tpu"
+  chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
+  return chosen.attention(
+    query,
+    key,
+    value,
+    queries,
+    keys,
+    Rule(causal, sliding_window),
+    alibi_slopes=alibi_slopes,
+    bias=bias,
+    scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
+  )
+
+
+def _check_shapes(query: Array, key: Array, value: Array) -> None:
+  if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+    raise ValueError(
+      f"expected [batch, heads, tokens, channels], got query {query.shape}, key {key.shape}, "
+      f"value {value.shape}"
+    )
+  if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0]:
+    raise ValueError(f"query {query.shape}, key {key.shape} and value {value.shape} do not match")
+  if query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
+    raise ValueError(
+      f"query {query.shape} needs as many channels as key {key.shape}, and a multiple of its heads"
+    )
+  if 0 in (*query.shape, *key.shape, *value.shape):
+    raise ValueError(f"nothing to attend: query {query.shape}, key {key.shape}")
+
+
+def _tokens(prefix: str, positions, segment_ids, batch: int, count: int) -> Tokens:
+  shape = (batch, count)
+  for name, x in (("positions", positions), ("segment_ids", segment_ids)):
+    if x is not None and x.shape != shape:
+      raise ValueError(f"{prefix}{name} have shape {x.shape}, expected {shape}")
+  if positions is None:
+    positions = jnp.broadcast_to(jnp.arange(count), shape)
+  if segment_ids is None:
+    segment_ids = jnp.ones(shape, jnp.int32)
+  return Tokens(positions.astype(jnp.int32), segment_ids.astype(jnp.int32))
+
+
+def _one_tpu() -> bool:
+  devices = jax.devices()
+  return len(devices) == 1 and devices[0].platform == "tpu"

@@ -1,0 +1,48 @@
+"""Attention of one new token over a KV cache, for any platform: the readable reference."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention.xla import masked_attention
+
+Array = jax.Array
+
+
+def decode_attention(
+  query: Array,
+  keys: Array,
+  values: Array,
+  starts: Array,
+  lengths: Array,
+  *,
+  page_table: Array | None,
+  key_scales: Array | None,
+  value_scales: Array | None,
+  alibi_slopes: Array | None,
+  scale: float,
+) -> Array:
+  """As `api.decode_attention`, with the sliding window within `starts`."""
+  keys = _dequantized(keys, key_scales, query.dtype)
+  values = _dequantized(values, value_scales, query.dtype)
+  if page_table is not None:
+    keys, values = _rows(keys, page_table), _rows(values, page_table)
+  slots = jnp.arange(keys.shape[2])
+  allowed = (slots >= starts[:, None]) & (slots < lengths[:, None])
+  bias = None
+  if alibi_slopes is not None:
+    distance = slots - (lengths[:, None] - 1)
+    bias = alibi_slopes[:, None, None] * distance[:, None, None]
+  out = masked_attention(query[:, :, None], keys, values, allowed[:, None, None], bias, scale)
+  return out[:, :, 0]
+
+
+def _dequantized(x: Array, scales: Array | None, dtype) -> Array:
+  if scales is None:
+    return x.astype(dtype)
+  return (x.astype(jnp.float32) * scales[..., None]).astype(dtype)
+
+
+def _rows(pages: Array, page_table: Array) -> Array:
+  """[num_pages, heads, page_size, channels] -> [batch, heads, slots, channels]."""
+  rows = pages[page_table].swapaxes(1, 2)
+  return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
