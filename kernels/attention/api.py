@@ -48,7 +48,8 @@ def attention(
       kernels give them no gradient.
     mask: bool, broadcastable to [batch, heads, seq, keys]: False forbids besides all else, as for
       the tree of a speculative decoder.
-    bias: added to the scores, broadcastable likewise.
+    bias: added to the scores, broadcastable likewise. With a mask or a bias the gradients are those
+      of "xla", which keep the scores.
     scale: 1 / sqrt(key_dim) by default.
     implementation: "xla" for any platform; "mosaic_tpu", whose scores never leave the chip; None
       picks the best that supports the arguments: mosaic_tpu in a process with one TPU, as a kernel

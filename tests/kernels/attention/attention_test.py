@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from common import cli
 from common.compilation.topology import tpu_slice
-from kernels.attention import masks, mosaic_tpu
+from kernels.attention import masks, mosaic_tpu, tpu_blocks
 from kernels.attention.api import attention
 
 # float32 sums of up to a few hundred products of order 1; scores are also scaled by log2(e).
@@ -182,7 +182,7 @@ def test_bfloat16_is_as_good_as_the_reference():
 
 def test_parts_of_the_keys_in_turn(monkeypatch):
   """More keys than the chip takes at once."""
-  monkeypatch.setattr(mosaic_tpu, "_RESIDENT_BYTES", 128 * 2 * 128 * 4)  # A block of each.
+  monkeypatch.setattr(tpu_blocks, "_RESIDENT_BYTES", 128 * 2 * 128 * 4)  # A block of each.
   check(*inputs(batch=1, heads=2, seq=400), sliding_window=150)
 
 

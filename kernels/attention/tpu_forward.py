@@ -1,0 +1,135 @@
+"""The forward kernel of `mosaic_tpu`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.attention.tpu_blocks import (
+  FORBIDDEN,
+  LOG2_E,
+  Settings,
+  as_columns,
+  as_rows,
+  compiler_parameters,
+  div,
+  dot,
+  ids,
+  is_whole,
+  needed_part,
+  resident_tokens,
+  scalars,
+  scores_of,
+  visit,
+)
+
+Array = jax.Array
+
+_RESIDENT_WITH_BIAS = 1024  # Tokens.
+
+
+def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
+  """out [batch, heads, seq, value_dim] and the rows' log-sum-exp, float32 [batch, heads, 1, seq]."""
+  batch, heads, seq, key_dim = query.shape
+  kv_heads, count, value_dim = value.shape[1:]
+  group = heads // kv_heads
+  query_block, key_block = settings.query_block, settings.key_block
+  limit = count if bias is None else _RESIDENT_WITH_BIAS
+  resident = resident_tokens(key_block, limit, key, value)
+  blocks = resident // key_block
+
+  def of_queries(b, h, i, part, *_):
+    return b, h, i, 0
+
+  def of_keys(b, h, i, part, ranges, *_):
+    return b, div(h, group), needed_part(ranges, (b, i), part, blocks), 0
+
+  def ids_of_keys(b, h, i, part, ranges, *_):
+    return b, 0, needed_part(ranges, (b, i), part, blocks)
+
+  specs = [
+    pl.BlockSpec((1, 1, query_block, key_dim), of_queries),
+    pl.BlockSpec((1, 1, resident, key_dim), of_keys),
+    pl.BlockSpec((1, 1, resident, value_dim), of_keys),
+    pl.BlockSpec((1, 2, query_block), lambda b, h, i, part, *_: (b, 0, i)),
+    pl.BlockSpec((1, 2, resident), ids_of_keys),
+  ]
+  arrays = [query, key, value, ids(queries), ids(keys)]
+  if bias is not None:
+
+    def of_bias(b, h, i, part, ranges, *_):
+      part = needed_part(ranges, (b, i), part, blocks)
+      return (b if bias.shape[0] > 1 else 0), (h if bias.shape[1] > 1 else 0), part, i
+
+    specs.append(pl.BlockSpec((1, 1, resident, query_block), of_bias))
+    arrays.append(bias.mT)
+  return pl.pallas_call(
+    functools.partial(_forward_kernel, settings=settings, has_bias=bias is not None),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=4,
+      grid=(batch, heads, seq // query_block, count // resident),
+      in_specs=specs,
+      out_specs=[
+        pl.BlockSpec((1, 1, query_block, value_dim), of_queries),
+        pl.BlockSpec((1, 1, 1, query_block), lambda b, h, i, part, *_: (b, h, 0, i)),
+      ],
+      scratch_shapes=[
+        pltpu.VMEM((1, query_block), jnp.float32),
+        pltpu.VMEM((1, query_block), jnp.float32),
+        pltpu.VMEM((value_dim, query_block), jnp.float32),
+      ],
+    ),
+    out_shape=[
+      jax.ShapeDtypeStruct((batch, heads, seq, value_dim), query.dtype),
+      jax.ShapeDtypeStruct((batch, heads, 1, seq), jnp.float32),
+    ],
+    compiler_params=compiler_parameters(3, 1),
+    name="attention_forward",
+  )(*scalars(queries, keys, settings), slopes, *arrays)
+
+
+def _forward_kernel(
+  ranges, query_spans, key_spans, slopes, *refs, settings: Settings, has_bias: bool
+):
+  query, key, value, query_ids, key_ids, *rest = refs
+  bias, (out, lse, largest, total, sums) = (rest[0], rest[1:]) if has_bias else (None, rest)
+  b, h, i, part = (pl.program_id(axis) for axis in range(4))
+  block = settings.key_block
+
+  @pl.when(part == 0)
+  def _():
+    largest[...] = jnp.full_like(largest, FORBIDDEN)
+    total[...] = jnp.zeros_like(total)
+    sums[...] = jnp.zeros_like(sums)
+
+  queries = as_rows(query_ids)
+
+  def attend(j, masked):
+    rows = pl.ds(pl.multiple_of(j * block, block), block)
+    keys = as_columns(key_ids, rows)
+    products = dot(key[0, 0, rows, :], query[0, 0], (1, 1))
+    scores = scores_of(products, queries, keys, slopes[h], masked, settings)
+    if bias is not None:
+      scores = scores + bias[0, 0, rows, :] * LOG2_E
+    before = largest[...]
+    now = jnp.maximum(before, scores.max(axis=0, keepdims=True))
+    # Where every key so far is forbidden this is 1, and of no account: see below.
+    weights = jnp.exp2(scores - now)
+    correction = jnp.exp2(before - now)
+    v = value[0, 0, rows, :]
+    sums[...] = correction * sums[...] + dot(v, weights.astype(v.dtype), (0, 0))
+    total[...] = correction * total[...] + weights.sum(axis=0, keepdims=True)
+    largest[...] = now
+
+  whole = lambda j: is_whole(query_spans, key_spans, settings.rule, b, i, j)
+  visit(ranges, (b, i), part, key.shape[2] // block, whole, attend)
+
+  @pl.when(part == pl.num_programs(3) - 1)
+  def _():
+    # A row that may attend to nothing gives zeros, and weights of 0 backward.
+    some = largest[...] > FORBIDDEN / 2
+    mean = jnp.where(some, sums[...] / jnp.where(some, total[...], 1), 0)
+    out[0, 0] = mean.T.astype(out.dtype)
+    lse[0, 0] = jnp.where(some, largest[...] + jnp.log2(total[...]), jnp.inf)
