@@ -18,9 +18,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.models.activations import ACTIVATIONS, Activation
-from common.models.attention import dot_product_attention, merge_heads, split_heads
+from common.models.attention import merge_heads, split_heads
 from common.models.linear import linear_dot_general
 from common.models.sharding import constrain
+from kernels.attention.api import attention
+from kernels.attention.masks import Tokens
 
 Array = jax.Array
 
@@ -69,6 +71,7 @@ class DecoderConfig:
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   rotary_dim: int | None = None  # None rotates the whole head.
+  causal: bool = True
   sliding_window: int | None = None
   full_attention_layers: tuple[int, ...] = ()  # Blocks without the window (Qwen2).
   tie_word_embeddings: bool = False
@@ -83,18 +86,16 @@ class AttentionContext(NamedTuple):
   """What every block of one forward pass shares.
 
   Attributes:
-    mask: bool [batch, 1, seq, keys], True where the query may attend.
-    bias: ALiBi's additive bias, float32 [batch, heads, seq, keys], or None.
+    queries: positions and segments of this pass's tokens, [batch, seq]; batch may be 1 for all rows.
+    keys: of the tokens that they may attend to, [batch, keys]: the cache's, or their own.
     rope: (cos, sin), float32 [batch, seq, rotary_dim / 2], or None.
     offset: int32 [], where this pass writes its keys in the cache (0 without a cache).
-    full_mask: the mask of the blocks without the sliding window, or None if there are none.
   """
 
-  mask: Array
-  bias: Array | None
+  queries: Tokens
+  keys: Tokens
   rope: tuple[Array, Array] | None
   offset: Array
-  full_mask: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -126,30 +127,6 @@ class KVCache:
       segment_ids=jnp.zeros((batch, max_length), jnp.int32),
       length=jnp.zeros((), jnp.int32),
     )
-
-
-def attention_mask(
-  positions: Array,
-  segment_ids: Array,
-  key_positions: Array,
-  key_segment_ids: Array,
-  sliding_window: int | None = None,
-) -> Array:
-  """Causal mask within segments, bool [batch, 1, seq, keys].
-
-  Args:
-    positions, segment_ids: int32 [batch, seq] of the queries; segment 0 is padding.
-    key_positions, key_segment_ids: int32 [batch, keys].
-    sliding_window: number of positions, the query's own included, that a query sees.
-  """
-  distance = positions[:, :, None] - key_positions[:, None, :]
-  mask = (segment_ids[:, :, None] == key_segment_ids[:, None, :]) & (
-    key_segment_ids[:, None, :] != 0
-  )
-  mask &= distance >= 0
-  if sliding_window is not None:
-    mask &= distance < sliding_window
-  return mask[:, None]
 
 
 def rope_frequencies(config: DecoderConfig, longest: Array) -> Array:
@@ -223,7 +200,9 @@ class Attention(nnx.Module):
   """Multi-head attention with grouped key/value heads."""
 
   def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, full_attention: bool = False):
-    self.full_attention = full_attention
+    self.causal = config.causal
+    self.sliding_window = None if full_attention else config.sliding_window
+    self.alibi = config.position == "alibi"
     query_width = config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
     self.head_dim = config.head_dim
@@ -245,8 +224,18 @@ class Attention(nnx.Module):
       )
       key, value = kv = write(kv[0], key), write(kv[1], value)
       key, value = key.astype(query.dtype), value.astype(query.dtype)
-    mask = context.full_mask if self.full_attention else context.mask
-    out = dot_product_attention(query, key, value, mask=mask, bias=context.bias)
+    out = attention(
+      query,
+      key,
+      value,
+      positions=context.queries.positions,
+      segment_ids=context.queries.segment_ids,
+      key_positions=context.keys.positions,
+      key_segment_ids=context.keys.segment_ids,
+      causal=self.causal,
+      sliding_window=self.sliding_window,
+      alibi_slopes=alibi_slopes(query.shape[1]) if self.alibi else None,
+    )
     return self.o_proj(merge_heads(out)), kv
 
 
@@ -419,15 +408,10 @@ def make_context(
     key_positions = write(cache.positions, positions)
     key_segments = write(cache.segment_ids, segment_ids)
     cache = KVCache(list(cache.keys), list(cache.values), key_positions, key_segments, offset)
-  ids = (positions, segment_ids, key_positions, key_segments)
-  mask = attention_mask(*ids, config.sliding_window)
-  full_mask = attention_mask(*ids) if config.full_attention_layers else None
-  rope = bias = None
+  rope = None
   if config.position == "rope":
     longest = jnp.max(jnp.where(key_segments != 0, key_positions, 0)) + 1
     angles = positions[..., None] * rope_frequencies(config, longest)
     rope = (jnp.cos(angles), jnp.sin(angles))
-  if config.position == "alibi":
-    distance = (key_positions[:, None, :] - positions[:, :, None]).astype(jnp.float32)
-    bias = alibi_slopes(config.num_heads)[None, :, None, None] * distance[:, None]
-  return AttentionContext(mask, bias, rope, offset, full_mask), cache
+  queries, keys = Tokens(positions, segment_ids), Tokens(key_positions, key_segments)
+  return AttentionContext(queries, keys, rope, offset), cache

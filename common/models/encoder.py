@@ -16,6 +16,7 @@ from flax import nnx
 
 from common.models.activations import ACTIVATIONS, Activation
 from common.models.decoder import AttentionContext, Block, DecoderConfig
+from kernels.attention.masks import Tokens
 
 Array = jax.Array
 
@@ -58,6 +59,7 @@ class EncoderConfig:
   def block(self) -> DecoderConfig:
     """What the blocks need to know."""
     return DecoderConfig(
+      causal=False,
       vocab_size=self.vocab_size,
       hidden_size=self.hidden_size,
       intermediate_size=self.intermediate_size,
@@ -156,7 +158,10 @@ class Encoder(nnx.Module):
       positions = default_positions(self.config, tokens)
     x = self.embed_tokens(tokens) + self.embed_token_types(token_types)
     x = self.embed_norm(x + self.embed_positions(positions))
-    context = AttentionContext(bidirectional_mask(segment_ids), None, None, jnp.int32(0))
+    # A padding token attends to the first segment, as it would without segments: heads read the
+    # first position of a left-padded row too.
+    queries = Tokens(positions, jnp.maximum(segment_ids, 1))
+    context = AttentionContext(queries, Tokens(positions, segment_ids), None, jnp.int32(0))
     for block in self.blocks:
       x, _ = block(x, context)
     first = x[:, 0]
@@ -180,21 +185,6 @@ def default_positions(config: EncoderConfig, tokens: Array) -> Array:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
   real = (tokens != config.pad_token_id).astype(jnp.int32)
   return jnp.cumsum(real, axis=1) * real + config.pad_token_id
-
-
-def bidirectional_mask(segment_ids: Array, key_segment_ids: Array | None = None) -> Array:
-  """Attention within segments, bool [batch, 1, seq, keys].
-
-  A padding query sees every token that is not padding: nothing reads its output but a head on the
-  first position of a left-padded row, and its softmax has a finite input.
-
-  Args:
-    segment_ids: int32 [batch, seq] of the queries; 0 is padding.
-    key_segment_ids: int32 [batch, keys]; by default the queries'.
-  """
-  keys = segment_ids if key_segment_ids is None else key_segment_ids
-  query, key = segment_ids[:, :, None], keys[:, None, :]
-  return ((key != 0) & ((query == key) | (query == 0)))[:, None]
 
 
 def sentence_embeddings(

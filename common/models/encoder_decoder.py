@@ -17,9 +17,9 @@ import numpy as np
 from flax import nnx
 
 from common.models.activations import ACTIVATIONS, Activation
-from common.models.attention import dot_product_attention, merge_heads, split_heads
-from common.models.encoder import bidirectional_mask
+from common.models.attention import merge_heads, split_heads
 from common.models.linear import linear_dot_general
+from kernels.attention.api import attention
 
 Array = jax.Array
 
@@ -131,7 +131,7 @@ class Attention(nnx.Module):
     """
     query = split_heads(self.q_proj(x), self.head_dim)
     key, value = (y.astype(query.dtype) for y in keys_values)
-    out = dot_product_attention(query, key, value, mask=mask, bias=bias, scale=1.0)
+    out = attention(query, key, value, causal=False, mask=mask, bias=bias, scale=1.0)
     return self.o_proj(merge_heads(out))
 
 
@@ -310,3 +310,18 @@ def _linear(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
 
 def _rms_norm(config: EncoderDecoderConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
   return nnx.RMSNorm(config.hidden_size, epsilon=config.norm_eps, rngs=rngs)
+
+
+def bidirectional_mask(segment_ids: Array, key_segment_ids: Array | None = None) -> Array:
+  """Attention within segments, bool [batch, 1, seq, keys].
+
+  A padding query sees every token that is not padding: nothing reads its output but a head on the
+  first position of a left-padded row, and its softmax has a finite input.
+
+  Args:
+    segment_ids: int32 [batch, seq] of the queries; 0 is padding.
+    key_segment_ids: int32 [batch, keys]; by default the queries'.
+  """
+  keys = segment_ids if key_segment_ids is None else key_segment_ids
+  query, key = segment_ids[:, :, None], keys[:, None, :]
+  return ((key != 0) & ((query == key) | (query == 0)))[:, None]

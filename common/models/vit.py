@@ -15,6 +15,7 @@ from flax import nnx
 
 from common.models.activations import ACTIVATIONS, Activation
 from common.models.decoder import AttentionContext, Block, DecoderConfig
+from kernels.attention.masks import Tokens
 
 Array = jax.Array
 
@@ -60,6 +61,7 @@ class VisionTransformerConfig:
   def block(self) -> DecoderConfig:
     """What the blocks need to know."""
     return DecoderConfig(
+      causal=False,
       vocab_size=0,
       hidden_size=self.hidden_size,
       intermediate_size=self.intermediate_size,
@@ -129,7 +131,8 @@ class VisionTransformer(nnx.Module):
     special = [self.class_token, self.distillation_token]
     special = [jnp.broadcast_to(t[...], (len(x), 1, x.shape[-1])) for t in special if t is not None]
     x = jnp.concatenate([*special, x], axis=1) + self.embed_positions[...]
-    context = AttentionContext(jnp.ones((1, 1, 1, x.shape[1]), bool), None, None, jnp.int32(0))
+    tokens = Tokens(jnp.arange(x.shape[1])[None], jnp.ones((1, x.shape[1]), jnp.int32))
+    context = AttentionContext(tokens, tokens, None, jnp.int32(0))
     for block in self.blocks:
       x, _ = block(x, context)
     x = self.final_norm(x)

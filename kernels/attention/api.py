@@ -38,9 +38,9 @@ def attention(
     query: [batch, heads, seq, key_dim], float32 or bfloat16.
     key: [batch, kv_heads, keys, key_dim]; consecutive query heads share one of them.
     value: [batch, kv_heads, keys, value_dim].
-    positions, segment_ids: int32 [batch, seq] of the queries; by default 0, 1, ... and 1. Segment
-      0 is padding.
-    key_positions, key_segment_ids: int32 [batch, keys]; by default the queries', or 0, 1, ... and
+    positions, segment_ids: int32 [batch, seq] of the queries, or [1, seq] for all rows; by default
+      0, 1, ... and 1. Segment 0 is padding.
+    key_positions, key_segment_ids: int32 [batch, keys] or [1, keys]; by default the queries', or 0, 1, ... and
       1 where there are other numbers of keys and queries.
     causal: see above.
     sliding_window: positions that a query sees, its own included.
@@ -52,8 +52,8 @@ def attention(
       of "xla", which keep the scores.
     scale: 1 / sqrt(key_dim) by default.
     implementation: "xla" for any platform; "mosaic_tpu", whose scores never leave the chip; None
-      picks the best that supports the arguments: mosaic_tpu in a process with one TPU, as a kernel
-      is not cut over several devices by the compiler.
+      picks the best that supports the arguments: mosaic_tpu for 128 queries or more in a process
+      with one TPU, as a kernel is not cut over several devices by the compiler.
 
   Returns:
     [batch, heads, seq, value_dim] in query's dtype; scores and softmax are float32.
@@ -87,7 +87,7 @@ def attention(
   problem = mosaic_tpu.unsupported(query, key, value)
   if implementation == "mosaic_tpu" and problem:
     raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
-  if implementation is None and not problem and _one_tpu():
+  if implementation is None and not problem and seq >= mosaic_tpu.LANES and _one_tpu():
     implementation = "mosaic_tpu"
   chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
   return chosen.attention(
@@ -120,14 +120,13 @@ def _check_shapes(query: Array, key: Array, value: Array) -> None:
 
 
 def _tokens(prefix: str, positions, segment_ids, batch: int, count: int) -> Tokens:
-  shape = (batch, count)
   for name, x in (("positions", positions), ("segment_ids", segment_ids)):
-    if x is not None and x.shape != shape:
-      raise ValueError(f"{prefix}{name} have shape {x.shape}, expected {shape}")
+    if x is not None and x.shape not in ((batch, count), (1, count)):
+      raise ValueError(f"{prefix}{name} have shape {x.shape}, expected {(batch, count)}")
   if positions is None:
-    positions = jnp.broadcast_to(jnp.arange(count), shape)
+    positions = jnp.arange(count)[None]
   if segment_ids is None:
-    segment_ids = jnp.ones(shape, jnp.int32)
+    segment_ids = jnp.ones((1, count), jnp.int32)
   return Tokens(positions.astype(jnp.int32), segment_ids.astype(jnp.int32))
 
 

@@ -56,13 +56,15 @@ def attention(
   # Padding belongs to segment 0: no query sees it, and it sees no key.
   pad_queries = functools.partial(_pad, multiple=settings.query_block)
   pad_keys = functools.partial(_pad, multiple=settings.key_block)
+  whole = lambda tokens: Tokens(*(jnp.broadcast_to(x, (len(query), x.shape[1])) for x in tokens))
+  queries, keys = whole(queries), whole(keys)
   query = pad_queries(query, axis=2)
   key, value = pad_keys(key, axis=2), pad_keys(value, axis=2)
   queries = Tokens(*(pad_queries(x, axis=1) for x in queries))
   keys = Tokens(*(pad_keys(x, axis=1) for x in keys))
   if bias is not None:
-    whole = (*jnp.broadcast_shapes(bias.shape, (1,) * 4)[:2], seq, count)
-    bias = jnp.broadcast_to(bias.astype(jnp.float32), whole)
+    shape = (*jnp.broadcast_shapes(bias.shape, (1,) * 4)[:2], seq, count)
+    bias = jnp.broadcast_to(bias.astype(jnp.float32), shape)
     bias = pad_keys(pad_queries(bias, axis=2), axis=3)
   out = _attention(query, key, value, queries, keys, slopes.astype(jnp.float32), bias, settings)
   return out[:, :, :seq]

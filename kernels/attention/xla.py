@@ -60,7 +60,8 @@ def masked_attention(
     scores += bias
     allowed = allowed & (bias > -jnp.inf)
   lowest = jnp.finfo(jnp.float32).min
-  weights = jax.nn.softmax(jnp.where(allowed, scores, lowest))
-  weights = jnp.where(allowed, weights, 0).astype(value.dtype)
+  weights = jax.nn.softmax(jnp.where(allowed, scores, lowest)).astype(value.dtype)
   out = product("bkqs,bksd->bkqd", weights.reshape(batch, kv_heads, -1, keys), value)
-  return out.reshape(batch, heads, seq, -1).astype(query.dtype)
+  out = out.reshape(batch, heads, seq, -1)
+  # Where nothing is allowed all weights are equal, not 0.
+  return jnp.where(allowed.any(axis=-1, keepdims=True), out, 0).astype(query.dtype)

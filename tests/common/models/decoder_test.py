@@ -14,7 +14,6 @@ from common.models.decoder import (
   RopeScaling,
   alibi_slopes,
   apply_rope,
-  attention_mask,
   rope_frequencies,
 )
 from tests.common.models.small_decoders import (
@@ -121,18 +120,6 @@ def test_the_future_is_not_seen(model):
   before, after = run(model, tokens), run(model, changed)
   np.testing.assert_array_equal(before[:, :6], after[:, :6])
   assert np.abs(before[:, 6] - after[:, 6]).max() > 1e-3
-
-
-def test_mask_against_the_rule_written_out():
-  rng = np.random.default_rng(0)
-  positions, segments = rng.integers(0, 8, (2, 9)), rng.integers(0, 3, (2, 9))
-  mask = np.asarray(attention_mask(*map(jnp.asarray, (positions, segments) * 2), 3))
-  for b in range(2):
-    for q in range(9):
-      for k in range(9):
-        distance = positions[b, q] - positions[b, k]
-        same = segments[b, q] == segments[b, k] != 0
-        assert mask[b, 0, q, k] == (same and 0 <= distance < 3)
 
 
 def test_sliding_window_reaches_only_so_far():

@@ -2,6 +2,7 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,6 +13,7 @@ from common.errors import UserError
 from common.models.encoder_decoder import (
   EncoderDecoder,
   EncoderDecoderConfig,
+  bidirectional_mask,
   relative_buckets,
 )
 
@@ -175,3 +177,9 @@ def test_sampling_depends_on_its_key_alone(model):
     generate(model, [[5]], max_new_tokens=1, sampling=Sampling(temperature=1.0))
   with pytest.raises(UserError, match="at least one token"):
     generate(model, [[5], []], max_new_tokens=1)
+
+
+def test_mask_lets_padding_see_the_text():
+  mask = np.asarray(bidirectional_mask(jnp.array([[0, 1, 1, 2]])))[0, 0]
+  expected = [[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
+  np.testing.assert_array_equal(mask, np.array(expected, bool))

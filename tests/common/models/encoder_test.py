@@ -13,7 +13,6 @@ from common.errors import UserError
 from common.models.encoder import (
   Encoder,
   EncoderConfig,
-  bidirectional_mask,
   default_positions,
   sentence_embeddings,
 )
@@ -93,12 +92,6 @@ def test_attention_is_bidirectional(bert):
   changed[:, 5] = (tokens[:, 5] + 1) % BERT.vocab_size
   a, b = (encode(bert, t, segments, from_zero(segments)).hidden for t in (tokens, changed))
   assert np.abs(a - b)[:, :6].max(axis=-1).min() > 1e-5
-
-
-def test_mask_lets_padding_see_the_text():
-  mask = np.asarray(bidirectional_mask(jnp.array([[0, 1, 1, 2]])))[0, 0]
-  expected = [[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
-  np.testing.assert_array_equal(mask, np.array(expected, bool))
 
 
 def test_positions():

@@ -95,6 +95,28 @@ def test_the_reference_agrees_with_float64():
   assert nothing.any() and (np.asarray(found)[np.broadcast_to(nothing, (2, 4, 12))] == 0).all()
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("seq, keys", [(5, 5), (1, 7)])
+def test_the_reference_agrees_with_that_of_jax(seq, keys, kv_heads):
+  query, key, value = inputs(2, 4, kv_heads, seq, keys, 8, 8)
+  rng = np.random.default_rng(0)
+  mask = jnp.asarray(rng.random((2, 1, seq, keys)) < 0.6).at[..., 0].set(True)
+  bias = jnp.asarray(rng.normal(size=(1, 4, seq, keys)), jnp.float32)
+  swap = lambda x: x.swapaxes(1, 2)
+  expected = jax.nn.dot_product_attention(swap(query), swap(key), swap(value), bias=bias, mask=mask)
+  found = attention(query, key, value, causal=False, mask=mask, bias=bias, implementation="xla")
+  np.testing.assert_allclose(swap(found), expected, atol=2e-6)
+
+
+def test_gradients_of_a_row_without_keys_are_finite():
+  query, key, value = inputs(2, 2, 2, 3, 4)
+  mask = jnp.ones((2, 1, 3, 4), bool).at[0, :, 1].set(False)
+  loss = lambda *arrays: jnp.sum(attention(*arrays, causal=False, mask=mask) ** 2)
+  gradients = jax.grad(loss, (0, 1, 2))(query, key, value)
+  assert all(np.isfinite(g).all() for g in gradients)
+  assert (gradients[0][0, :, 1] == 0).all()
+
+
 def with_gradients(implementation, *arrays, **options):
   """The result, and the gradients of a loss by every array."""
 
