@@ -187,9 +187,9 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_depth(tmp_path):
-  """Five times the blocks, of 13 MB each, in a process of its own: the same peak."""
+  """Four times the blocks, of 13 MB each, in a process of its own: the same peak."""
   peaks = {}
-  for depth in (2, 10):
+  for depth in (4, 16):
     config = dataclasses.replace(
       CONFIG, hidden_size=512, head_dim=128, intermediate_size=1536, num_layers=depth
     )
@@ -197,5 +197,6 @@ def test_memory_does_not_grow_with_depth(tmp_path):
     arguments = [sys.executable, "-c", PEAK_MEMORY, tmp_path / str(depth), tmp_path / f"out{depth}"]
     run = subprocess.run(arguments, capture_output=True, text=True, check=True)
     peaks[depth] = int(run.stdout.split()[-1])
-  # In kB. Keeping the 8 further blocks would take 107 MB more, their packed weights 27 MB.
-  assert peaks[10] - peaks[2] < 15_000, peaks
+  # In kB. Keeping the 12 further blocks would take 160 MB more, their packed weights 40 MB; the peak
+  # itself varies by 10 MB from run to run.
+  assert peaks[16] - peaks[4] < 30_000, peaks
