@@ -1,0 +1,79 @@
+"""Integer products through XLA, which uses the integer matrix units where there are any."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def quantize_activations(
+  x: Array, scales: Array | None, zero_points: Array | None, bits: int
+) -> tuple[Array, Array]:
+  """int8 codes [..., in] and scales, so that x ~ scales * (codes - zero).
+
+  Unsigned codes of 8 bits do not fit into int8: with zero points 2^(bits-1) is taken off the codes,
+  and off the zero points, see `_signed`.
+  """
+  x = x.astype(jnp.float32)
+  if scales is None:
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    # A token of zeros has codes of 0 with any scale.
+    scales = jnp.where(largest == 0, 1, largest) / (2 ** (bits - 1) - 1)
+  zero = 0 if zero_points is None else _signed(zero_points, bits)
+  codes = jnp.round(x / scales) + zero
+  codes = jnp.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+  return codes.astype(jnp.int8), scales
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def integer_matmul(
+  x: Array,
+  values: Array,
+  scales: Array,
+  activation_scales: Array | None,
+  activation_zero_points: Array | None,
+  activation_bits: int,
+) -> Array:
+  """As `api.integer_matmul`."""
+  codes, x_scales = quantize_activations(
+    x, activation_scales, activation_zero_points, activation_bits
+  )
+  both_narrow = activation_bits == 4 and values.dtype == jnp.int4
+  operand = jnp.int4 if both_narrow else jnp.int8
+  groups = scales.shape[0]
+  by_group = lambda a, axis: a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :])
+  a = by_group(codes.astype(operand), codes.ndim - 1)  # [..., groups, group]
+  w = by_group(values.astype(operand), 0)  # [groups, group, out]
+  sums = jnp.einsum("...gi,gio->...go", a, w, preferred_element_type=jnp.int32)
+  if activation_zero_points is not None:
+    zero = _signed(activation_zero_points, activation_bits)
+    sums = sums - zero[..., None] * jnp.sum(w, axis=1, dtype=jnp.int32)
+  y = jnp.sum(sums.astype(jnp.float32) * scales.astype(jnp.float32), axis=-2)
+  return (y * x_scales).astype(x.dtype)
+
+
+def _forward(x, values, scales, activation_scales, activation_zero_points, activation_bits):
+  arrays = (x, values, scales, activation_scales, activation_zero_points)
+  return integer_matmul(*arrays, activation_bits), arrays
+
+
+def _backward(activation_bits, arrays, dy):
+  x, values, scales, activation_scales, zero_points = arrays
+  weights = values.astype(jnp.float32).reshape(scales.shape[0], -1, scales.shape[1])
+  weights = (weights * scales.astype(jnp.float32)[:, None]).reshape(values.shape)
+  dx = jnp.matmul(dy.astype(jnp.float32), weights.T)
+  if activation_scales is not None:
+    zero = 0 if zero_points is None else _signed(zero_points, activation_bits)
+    codes = jnp.round(x.astype(jnp.float32) / activation_scales) + zero
+    half = 2 ** (activation_bits - 1)
+    dx = jnp.where((codes >= -half) & (codes < half), dx, 0)
+  return dx.astype(x.dtype), None, None, None, None
+
+
+integer_matmul.defvjp(_forward, _backward)
+
+
+def _signed(zero_points: Array, bits: int) -> Array:
+  return jnp.asarray(zero_points).astype(jnp.int32) - 2 ** (bits - 1)
