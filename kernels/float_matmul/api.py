@@ -1,0 +1,48 @@
+"""Matrix product with weights of few-bit floating point (E2M1, E1M2, E3M0, E4M3, ...)."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.float_matmul import xla
+
+Array = jax.Array
+
+
+def float_matmul(
+  x: Array, values: Array, scales: Array, *, exponent_bits: int, mantissa_bits: int
+) -> Array:
+  """Computes x @ W for W = scales * decoded codes.
+
+  An exponent bias b of a channel, real or integer, is its scale 2^-b.
+
+  Args:
+    x: [..., in], float32 or bfloat16.
+    values: codes as of `xla.decode`, uint4 (formats of 4 bits) or uint8, [in, out].
+    scales: [in / group, out], any float type; one row for a scale per channel.
+    exponent_bits, mantissa_bits: of the format; with the sign at most 4 or 8 bits.
+
+  Returns:
+    [..., out] in x's dtype; sums are accumulated in float32.
+
+  Raises:
+    ValueError: an argument has an unsupported value, shape or type.
+  """
+  bits = 1 + exponent_bits + mantissa_bits
+  if not (1 <= exponent_bits <= 5 and 0 <= mantissa_bits and bits <= 8):
+    raise ValueError(
+      f"E{exponent_bits}M{mantissa_bits} is not supported: expected 1 to 5 exponent bits and at most "
+      "8 bits in all"
+    )
+  if x.ndim == 0 or x.dtype not in (jnp.float32, jnp.bfloat16):
+    raise ValueError(f"x is {x.dtype} {x.shape}, expected float32 or bfloat16 [..., in]")
+  expected = jnp.dtype(jnp.uint4 if bits <= 4 else jnp.uint8)
+  if values.dtype != expected or values.ndim != 2 or values.shape[0] != x.shape[-1]:
+    raise ValueError(
+      f"values are {values.dtype} {values.shape}, expected {expected} [{x.shape[-1]}, out]"
+    )
+  inputs, columns = values.shape
+  if scales.ndim != 2 or not scales.shape[0] or scales.shape[1] != columns:
+    raise ValueError(f"scales {scales.shape}, expected [groups, {columns}]")
+  if inputs % scales.shape[0]:
+    raise ValueError(f"{scales.shape[0]} groups do not divide {inputs} inputs")
+  return xla.float_matmul(x, values, scales, exponent_bits, mantissa_bits)
