@@ -412,6 +412,7 @@ def make_context(
   if config.position == "rope":
     longest = jnp.max(jnp.where(key_segments != 0, key_positions, 0)) + 1
     angles = positions[..., None] * rope_frequencies(config, longest)
-    rope = (jnp.cos(angles), jnp.sin(angles))
+    # Made once: fused into every layer's rotation, they would be computed again for every head.
+    rope = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
   queries, keys = Tokens(positions, segment_ids), Tokens(key_positions, key_segments)
   return AttentionContext(queries, keys, rope, offset), cache
