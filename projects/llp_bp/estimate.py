@@ -21,8 +21,9 @@ import numpy as np
 from absl import flags
 
 from common import cli
-from common.data.tabular import Table, check_complete, encode, numeric, read_table
+from common.data.tabular import check_complete, encode, read_table
 from common.errors import UserError
+from projects.llp_bp.counts import bag_counts
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -73,35 +74,6 @@ def main(argv: list[str]) -> None:
   with cli.writable_folder(workdir):
     cli.prepare_jax()
     _estimate(x, table[_BAG.value], counts, options, workdir)
-
-
-def bag_counts(table: Table, bag: str, column: str, *, proportion: bool) -> dict:
-  """{bag: positives} of a column that repeats them, or their share, in every row of a bag.
-
-  Raises:
-    UserError: missing values, different values in one bag, or a share of no whole number.
-  """
-  values = numeric(table, column)
-  labels, codes, sizes = np.unique(table[bag], return_inverse=True, return_counts=True)
-  low, high = np.full(len(labels), np.inf), np.full(len(labels), -np.inf)
-  np.minimum.at(low, codes, values)
-  np.maximum.at(high, codes, values)
-  if (low != high).any():
-    b = int((low != high).argmax())
-    raise UserError(
-      f"column {column!r} has values from {low[b]:g} to {high[b]:g} in bag {labels[b]!r}; expected "
-      "the same in all rows of a bag"
-    )
-  counts = low * sizes if proportion else low
-  # Shares are often written with three digits or so.
-  whole = np.round(counts)
-  if proportion and (np.abs(counts - whole) > 0.25).any():
-    b = int(np.abs(counts - whole).argmax())
-    raise UserError(
-      f"a share of {low[b]:g} in bag {labels[b]!r} is {counts[b]:g} of its {sizes[b]} rows; expected "
-      "about a whole number: use --count, or write more digits"
-    )
-  return dict(zip(labels.tolist(), whole if proportion else counts))
 
 
 def _numbers(flag: str, values: list[str]) -> tuple[float, ...]:

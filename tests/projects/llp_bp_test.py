@@ -21,7 +21,6 @@ from projects.llp_bp import (
   cardinality,
   config,
   data,
-  estimate,
   experiment,
   graph,
   llp_bp,
@@ -29,6 +28,7 @@ from projects.llp_bp import (
   training,
 )
 from projects.llp_bp.belief_propagation import BAG_FACTORS, Ising
+from projects.llp_bp.counts import bag_counts
 from projects.llp_bp.estimator import BagClassifier
 
 GOLDEN = json.loads(
@@ -508,11 +508,11 @@ def test_bad_options(options, message):
 
 def test_counts_of_a_table():
   table = {"bag": np.array([1.0, 1, 1, 2, 2]), "share": np.array([0.333] * 3 + [0.5] * 2)}
-  assert estimate.bag_counts(table, "bag", "share", proportion=True) == {1.0: 1, 2.0: 1}
+  assert bag_counts(table, "bag", "share", proportion=True) == {1.0: 1, 2.0: 1}
   with pytest.raises(UserError, match="the same in all rows of a bag"):
-    estimate.bag_counts(table | {"share": np.arange(5.0)}, "bag", "share", proportion=False)
+    bag_counts(table | {"share": np.arange(5.0)}, "bag", "share", proportion=False)
   with pytest.raises(UserError, match="about a whole number"):
-    estimate.bag_counts(table | {"share": np.full(5, 0.5)}, "bag", "share", proportion=True)
+    bag_counts(table | {"share": np.full(5, 0.5)}, "bag", "share", proportion=True)
 
 
 def test_a_table_from_the_command_line(moons, tmp_path):
