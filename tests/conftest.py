@@ -1,5 +1,20 @@
-"""The environment that JAX reads, set before any test imports it."""
+"""The environment that JAX reads, set before any test imports it, and its programs freed in time."""
+
+import pytest
 
 from common import cli
 
 cli.prepare_jax()
+
+import jax  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def free_programs():
+  """Drops a file's compiled programs after it.
+
+  Each takes several memory maps of the process, of which Linux allows 65,530: without this the whole
+  suite runs out of them, and crashes.
+  """
+  yield
+  jax.clear_caches()
