@@ -7,6 +7,4 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 setup_env "$root"
 cd "$root"
 export JAX_PLATFORMS=cpu
-# All of them in two processes; a file's tests share compiled programs and stay together.
-[ $# -gt 0 ] || set -- -n 2 --dist loadfile
 exec .venv/bin/python -m pytest "$@"
