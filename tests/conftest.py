@@ -13,8 +13,8 @@ import jax  # noqa: E402
 def free_programs():
   """Drops a file's compiled programs after it.
 
-  Each takes several memory maps of the process, of which Linux allows 65,530: without this the whole
-  suite runs out of them, and crashes.
+  Each takes several memory maps of the process, of which Linux allows 65,530: the whole suite would
+  come near.
   """
   yield
   jax.clear_caches()
