@@ -132,6 +132,50 @@ def encode(table: Mapping[str, np.ndarray], names: Sequence[str]) -> tuple[np.nd
   return np.stack(columns, axis=1) if columns else np.empty((rows, 0)), labels
 
 
+def covariate_names(
+  table: Mapping[str, np.ndarray], given: Sequence[str] | None, others: Sequence[str]
+) -> list[str]:
+  """The covariates that a user named, or all columns but `others`.
+
+  Args:
+    table: what `read_table` returned.
+    given: names of columns, or nothing.
+    others: columns of another role, such as the outcome.
+
+  Raises:
+    UserError: a column of either that the table lacks, or that is in both.
+  """
+  names = list(given or [name for name in table if name not in others])
+  for name in (*others, *names):
+    if name not in table:
+      raise UserError(f"the table has no column {name!r}; {closest(name, table)}")
+  for name in others:
+    if name in names:
+      raise UserError(f"column {name!r} is also among the covariates; take it out")
+  return names
+
+
+def check_covariates(x: np.ndarray) -> np.ndarray:
+  """An array of finite numbers, float64 [rows, columns].
+
+  Raises:
+    UserError: not numbers, not two dimensions, empty, missing or infinite values.
+  """
+  try:
+    x = np.asarray(x, np.float64)
+  except (TypeError, ValueError):
+    raise UserError("x must be numbers; encode text columns as indicators") from None
+  if x.ndim != 2 or not x.size:
+    raise UserError(f"x is of shape {x.shape}; expected [rows, columns], at least one of each")
+  if not np.isfinite(x).all():
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=0))[0]
+    raise UserError(
+      f"column {bad} of x has {(~np.isfinite(x[:, bad])).sum()} missing or infinite values; fill "
+      "them or drop those rows"
+    )
+  return x
+
+
 def _read_file(path: pathlib.Path) -> Table:
   # Late: importing pyarrow takes as long as reading a small table.
   import pyarrow as pa

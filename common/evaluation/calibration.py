@@ -108,7 +108,7 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: np.ndarray, level: float = 0.95) -> Interval:
-  """Student's interval of the mean over seeds [seeds]; infinite for a single seed."""
+  """Student's interval of the mean of independent values [n], as of seeds; infinite for one."""
   values = np.asarray(values, np.float64)
   mean = float(values.mean())
   if len(values) < 2:

@@ -1,4 +1,4 @@
-"""Split conformal prediction: corrections that give intervals and quantiles their coverage.
+"""Split conformal prediction: corrections that give intervals their coverage.
 
 With n exchangeable held-out scores, adding their (1 - alpha)(1 + 1/n) empirical quantile covers a
 new observation with probability at least 1 - alpha, and, without ties, at most 1 - alpha + 1/(n+1)
@@ -45,18 +45,3 @@ def cqr_interval(
   scores = jnp.maximum(calibration_low - y, y - calibration_high)
   shift = conformal_quantile(scores, 1 - alpha)
   return low - shift, high + shift
-
-
-def shift_quantiles(quantiles: Array, calibration: Array, y: Array, levels: Array) -> Array:
-  """One-sided correction of every level: P(Y <= q_tau) is at least tau, and hardly more.
-
-  Args:
-    quantiles: of the new observations, [m, levels].
-    calibration: of the held-out observations, [n, levels].
-    y: [n].
-    levels: tau, [levels].
-
-  Returns:
-    [m, levels]; not monotone in the level even where the given quantiles are.
-  """
-  return quantiles + conformal_quantile(y[:, None] - calibration, levels)

@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from flax import nnx
+
+from common.evaluation.calibration import Interval, mean_interval
 
 Array = jax.Array
 
@@ -44,14 +44,6 @@ class WindowLosses:
     return self.nll.sum() / math.log(2) / self.num_bytes.sum()
 
 
-class PairedDifference(NamedTuple):
-  """Mean over windows of (a - b) in nats per token, with its 95 % confidence interval."""
-
-  mean: float
-  low: float
-  high: float
-
-
 def window_losses(
   model: nnx.Module, windows: Array, *, num_bytes=None, batch_size: int = 16
 ) -> WindowLosses:
@@ -78,7 +70,7 @@ def window_losses(
   return WindowLosses(nll.astype(np.float64), seq - 1, num_bytes)
 
 
-def paired_difference(a: WindowLosses, b: WindowLosses) -> PairedDifference:
+def paired_difference(a: WindowLosses, b: WindowLosses) -> Interval:
   """Difference of two models on the same windows; pairing removes the windows' own spread.
 
   Raises:
@@ -90,9 +82,7 @@ def paired_difference(a: WindowLosses, b: WindowLosses) -> PairedDifference:
       f"and {b.nll.size} of {b.tokens}"
     )
   difference = (a.nll - b.nll) / a.tokens
-  mean = float(difference.mean())
-  half = float(scipy.stats.t.ppf(0.975, difference.size - 1) * scipy.stats.sem(difference))
-  return PairedDifference(mean, mean - half, mean + half)
+  return mean_interval(difference)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,4 +1,4 @@
-"""Proper scoring rules of probabilities, quantiles, intervals, normals and samples.
+"""Proper scoring rules of probabilities, quantiles, intervals and normals.
 
 Every rule is negatively oriented (smaller is better), and is returned for each observation: take
 the mean of whichever are meant. See Gneiting and Raftery, "Strictly Proper Scoring Rules,
@@ -101,20 +101,3 @@ def crps_normal(mean: Array, sd: Array, y: Array) -> Array:
   z = (y - mean) / sd
   density, cumulative = jax.scipy.stats.norm.pdf(z), jax.scipy.stats.norm.cdf(z)
   return sd * (z * (2 * cumulative - 1) + 2 * density - 1 / jnp.sqrt(jnp.pi))
-
-
-def crps_sample(samples: Array, y: Array) -> Array:
-  """CRPS of the empirical distribution: E|X - y| - E|X - X'| / 2.
-
-  Args:
-    samples: [..., samples].
-    y: [...].
-
-  Returns:
-    [...].
-  """
-  count = samples.shape[-1]
-  # sum over pairs of |x_i - x_j| from the sorted sample, without the pairs.
-  rank = 2 * jnp.arange(count) + 1 - count
-  spread = 2 * jnp.sum(rank * jnp.sort(samples, axis=-1), axis=-1) / count**2
-  return jnp.mean(jnp.abs(samples - y[..., None]), axis=-1) - spread / 2

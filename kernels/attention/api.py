@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from kernels.attention import mosaic_tpu, xla
 from kernels.attention.masks import Rule, Tokens
+from kernels.platform import has_one_tpu
 
 Array = jax.Array
 
@@ -87,7 +88,7 @@ def attention(
   problem = mosaic_tpu.unsupported(query, key, value)
   if implementation == "mosaic_tpu" and problem:
     raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
-  if implementation is None and not problem and seq >= mosaic_tpu.LANES and _one_tpu():
+  if implementation is None and not problem and seq >= mosaic_tpu.LANES and has_one_tpu():
     implementation = "mosaic_tpu"
   chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
   return chosen.attention(
@@ -128,8 +129,3 @@ def _tokens(prefix: str, positions, segment_ids, batch: int, count: int) -> Toke
   if segment_ids is None:
     segment_ids = jnp.ones((1, count), jnp.int32)
   return Tokens(positions.astype(jnp.int32), segment_ids.astype(jnp.int32))
-
-
-def _one_tpu() -> bool:
-  devices = jax.devices()
-  return len(devices) == 1 and devices[0].platform == "tpu"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.decode_attention import mosaic_tpu, xla
+from kernels.platform import has_one_tpu
 
 Array = jax.Array
 
@@ -77,7 +78,7 @@ def decode_attention(
   problem = mosaic_tpu.unsupported(query, keys, values, page_table)
   if implementation == "mosaic_tpu" and problem:
     raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
-  if implementation is None and not problem and _one_tpu():
+  if implementation is None and not problem and has_one_tpu():
     implementation = "mosaic_tpu"
   chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
   return chosen.decode_attention(
@@ -139,8 +140,3 @@ def _check(query, keys, values, page_table, key_scales, value_scales) -> None:
       raise ValueError(f"{name} of {x.dtype} {'need' if scales is None else 'have no'} scales")
     if scales is not None and scales.shape != x.shape[:3]:
       raise ValueError(f"scales of {name} have shape {scales.shape}, expected {x.shape[:3]}")
-
-
-def _one_tpu() -> bool:
-  devices = jax.devices()
-  return len(devices) == 1 and devices[0].platform == "tpu"

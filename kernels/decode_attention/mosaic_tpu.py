@@ -7,22 +7,20 @@ to their channels.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.attention.tpu_blocks import FORBIDDEN, LANES, LOG2_E, div, dot
+
 Array = jax.Array
 
-LANES = 128
 _BLOCK_SLOTS = 512
 _BLOCK_BYTES = 2 * 2**20  # Of keys and values in a grid step.
 _MAX_PAGES = 8  # In a grid step.
 _VMEM_BYTES = 64 * 2**20
-_LOG2_E = math.log2(math.e)
-_FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def unsupported(query: Array, keys: Array, values: Array, page_table: Array | None) -> str | None:
@@ -75,7 +73,7 @@ def decode_attention(
     def place(b, j, part, starts, lengths, table):
       # Pages past the row's end would be fetched for nothing: take the last one again.
       page = _within(j, starts[b], lengths[b], parts * block) * parts + part
-      last = jax.lax.div(jnp.maximum(lengths[b] - 1, 0), jnp.int32(block))
+      last = div(jnp.maximum(lengths[b] - 1, 0), block)
       return table[b, jnp.minimum(page, last)], 0
 
   heads_at_once = _heads_at_once(kv_heads, parts * block, keys, values)
@@ -130,8 +128,8 @@ def decode_attention(
 
 def _within(j, start, length, block: int):
   """The block to have on the chip in step j: one without slots of the row is not fetched."""
-  first = jax.lax.div(jnp.maximum(start, 0), jnp.int32(block))
-  last = jax.lax.div(jnp.maximum(length - 1, 0), jnp.int32(block))
+  first = div(jnp.maximum(start, 0), block)
+  last = div(jnp.maximum(length - 1, 0), block)
   return jnp.clip(j, jnp.minimum(first, last), last)
 
 
@@ -167,7 +165,7 @@ def _kernel(
 
   @pl.when(j == 0)
   def _():
-    largest[...] = jnp.full_like(largest, _FORBIDDEN)
+    largest[...] = jnp.full_like(largest, FORBIDDEN)
     total[...] = jnp.zeros_like(total)
     sums[...] = jnp.zeros_like(sums)
 
@@ -178,14 +176,14 @@ def _kernel(
     distance = (slots - (length - 1)).astype(jnp.float32)
     for head in range(heads_at_once):
       q = query[0, head]
-      scores = _dot(q, _widened(of_head(keys, head, 0), q.dtype), 1) * (scale * _LOG2_E)
+      scores = dot(q, _widened(of_head(keys, head, 0), q.dtype), (1, 1)) * (scale * LOG2_E)
       if key_scales is not None:
         scores = scores * of_head(key_scales, head, 1)
       if alibi:
         query_head = (h * heads_at_once + head) * group
         slope = jnp.concatenate([jnp.full((1, 1), slopes[query_head + g]) for g in range(group)])
-        scores = scores + (slope * _LOG2_E) * distance
-      scores = jnp.where(allowed, scores, _FORBIDDEN)
+        scores = scores + (slope * LOG2_E) * distance
+      scores = jnp.where(allowed, scores, FORBIDDEN)
       before = largest[head, :, :1]
       now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
       weights = jnp.exp2(scores - now)
@@ -194,13 +192,13 @@ def _kernel(
       if value_scales is not None:
         weights = weights * of_head(value_scales, head, 1)
       v = _widened(of_head(values, head, 0), q.dtype)
-      sums[head] = correction * sums[head] + _dot(weights.astype(v.dtype), v, 0)
+      sums[head] = correction * sums[head] + dot(weights.astype(v.dtype), v, (1, 0))
       largest[head] = jnp.broadcast_to(now, largest.shape[1:])
       total[head] = jnp.broadcast_to(summed, total.shape[1:])
 
   @pl.when(j == pl.num_programs(2) - 1)
   def _():
-    some = largest[:, :, :1] > _FORBIDDEN / 2
+    some = largest[:, :, :1] > FORBIDDEN / 2
     mean = jnp.where(some, sums[...] / jnp.where(some, total[:, :, :1], 1), 0)
     out[0] = mean.astype(out.dtype)
 
@@ -210,11 +208,3 @@ def _widened(x: Array, dtype) -> Array:
   if not jnp.issubdtype(x.dtype, jnp.integer):
     return x.astype(dtype)
   return x.astype(jnp.float32).astype(dtype)
-
-
-def _dot(a: Array, b: Array, axis: int) -> Array:
-  """a [m, k] times b, contracted over the given axis of b, accumulated in float32."""
-  precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-  return jax.lax.dot_general(
-    a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-  )

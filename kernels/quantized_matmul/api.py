@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from kernels.platform import has_one_tpu
 from kernels.quantized_matmul import mosaic_tpu, xla
 from kernels.quantized_matmul.packing import PLANE_ROWS, SUPPORTED_BITS, packed_dtype
 
@@ -69,12 +70,7 @@ def quantized_matmul(
   problem = mosaic_tpu.unsupported(x, values, scales, bits=bits)
   if implementation == "mosaic_tpu" and problem:
     raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
-  if implementation is None and not problem and _one_capable_tpu():
+  if implementation is None and not problem and has_one_tpu(_MOSAIC_TPU_KINDS):
     implementation = "mosaic_tpu"
   chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
   return chosen.quantized_matmul(x, values, scales, zero_points, bits=bits)
-
-
-def _one_capable_tpu() -> bool:
-  devices = jax.devices()
-  return len(devices) == 1 and devices[0].device_kind in _MOSAIC_TPU_KINDS

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.special import expit
 
+from common.data.tabular import check_covariates
 from common.errors import UserError
 from projects.deep_probability import cape
 from projects.deep_probability.networks import Network
@@ -155,7 +156,7 @@ class CapeClassifier:
       raise UserError("this CapeClassifier is not fitted; call fit first")
     if stage not in self._weights:
       raise UserError(f"stage is {stage!r}; expected {' or '.join(map(repr, self._weights))}")
-    x = _check_covariates(x)
+    x = check_covariates(x)
     if x.shape[1] != len(self._mean):
       raise UserError(f"x has {x.shape[1]} columns; the classifier has {len(self._mean)}")
     z = predict(self._network, self._weights[stage], jnp.asarray(self._standardise(x)))
@@ -191,7 +192,7 @@ def check_data(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
   Raises:
     UserError: what `CapeClassifier.fit` lists about the data.
   """
-  x, y = _check_covariates(x), np.asarray(y)
+  x, y = check_covariates(x), np.asarray(y)
   if y.shape != (len(x),):
     raise UserError(f"y is of shape {y.shape}; expected one label for each of the {len(x)} rows")
   if y.dtype.kind == "f" and not np.isfinite(y).all():
@@ -210,19 +211,3 @@ def check_data(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
   if len(constant):
     raise UserError(f"column {constant[0]} of x is constant: it explains nothing; drop it")
   return x, codes, labels
-
-
-def _check_covariates(x: np.ndarray) -> np.ndarray:
-  try:
-    x = np.asarray(x, np.float64)
-  except (TypeError, ValueError):
-    raise UserError("x must be numbers; encode text columns as indicators") from None
-  if x.ndim != 2 or not x.size:
-    raise UserError(f"x is of shape {x.shape}; expected [rows, columns], at least one of each")
-  if not np.isfinite(x).all():
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=0))[0]
-    raise UserError(
-      f"column {bad} of x has {(~np.isfinite(x[:, bad])).sum()} missing or infinite values; fill "
-      "them or drop those rows"
-    )
-  return x

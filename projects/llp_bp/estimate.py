@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from common import cli
-from common.data.tabular import check_complete, encode, read_table
+from common.data.tabular import check_complete, covariate_names, encode, read_table
 from common.errors import UserError
 from projects.llp_bp.counts import bag_counts
 
@@ -54,12 +54,7 @@ def main(argv: list[str]) -> None:
       "--help"
     )
   table = read_table(_DATA.value)
-  covariates = _COVARIATES.value or [name for name in table if name not in (_BAG.value, given)]
-  for name in (_BAG.value, given, *covariates):
-    if name not in table:
-      raise UserError(f"{_DATA.value} has no column {name!r}; {cli.closest(name, table)}")
-  if same := {_BAG.value, given} & set(covariates):
-    raise UserError(f"{same.pop()!r} is also among the covariates; take it out")
+  covariates = covariate_names(table, _COVARIATES.value, (_BAG.value, given))
   check_complete(table, [_BAG.value])
   counts = bag_counts(table, _BAG.value, given, proportion=bool(_PROPORTION.value))
   x, _ = encode(table, covariates)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from common.data.tabular import check_covariates
 from common.errors import UserError
 from projects.llp_bp import graph, llp_bp, training
 from projects.llp_bp.belief_propagation import BAG_FACTORS
@@ -59,7 +60,7 @@ class BagClassifier:
         bag, a bag without a count, a count that is not a whole number from 0 to the bag's size, or
         fewer rows than neighbours.
     """
-    x = _check_covariates(x)
+    x = check_covariates(x)
     constant = np.flatnonzero(x.min(axis=0) == x.max(axis=0))
     if len(constant):
       raise UserError(f"column {constant[0]} of x is constant: it explains nothing; drop it")
@@ -104,7 +105,7 @@ class BagClassifier:
     """
     if not hasattr(self, "rounds_"):
       raise UserError("this BagClassifier is not fitted; call fit first")
-    x = _check_covariates(x)
+    x = check_covariates(x)
     if x.shape[1] != len(self._mean):
       raise UserError(f"x has {x.shape[1]} columns; the classifier has {len(self._mean)}")
     p = llp_bp.predict(self.rounds_[-1].trained, self._standardise(x), self.options)[0]
@@ -187,19 +188,3 @@ def _check_options(options: llp_bp.Options) -> None:
       f"rounds={options.rounds}, steps={options.steps}, validations={options.validations}; expected "
       "at least 1 of each, and no more validations than steps"
     )
-
-
-def _check_covariates(x: np.ndarray) -> np.ndarray:
-  try:
-    x = np.asarray(x, np.float64)
-  except (TypeError, ValueError):
-    raise UserError("x must be numbers; encode text columns as indicators") from None
-  if x.ndim != 2 or not x.size:
-    raise UserError(f"x is of shape {x.shape}; expected [rows, columns], at least one of each")
-  if not np.isfinite(x).all():
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=0))[0]
-    raise UserError(
-      f"column {bad} of x has {(~np.isfinite(x[:, bad])).sum()} missing or infinite values; fill "
-      "them or drop those rows"
-    )
-  return x

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from common import cli
-from common.data.tabular import check_complete, encode, is_numeric, read_table
+from common.data.tabular import check_complete, covariate_names, encode, is_numeric, read_table
 from common.errors import UserError
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -42,12 +42,7 @@ def main(argv: list[str]) -> None:
     raise UserError("expected --data=FILE and --outcome=COLUMN; see --help")
   table = read_table(_DATA.value)
   outcome = _OUTCOME.value
-  covariates = _COVARIATES.value or [name for name in table if name != outcome]
-  for name in (outcome, *covariates):
-    if name not in table:
-      raise UserError(f"{_DATA.value} has no column {name!r}; {cli.closest(name, table)}")
-  if outcome in covariates:
-    raise UserError(f"the outcome {outcome!r} is also among the covariates; take it out")
+  covariates = covariate_names(table, _COVARIATES.value, [outcome])
   check_complete(table, [outcome])
   y, classes = _ordered(outcome, table[outcome], _ORDER.value)
   x, names = encode(table, covariates)

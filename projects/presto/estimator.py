@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from common.data.tabular import check_covariates
 from common.errors import UserError
 from projects.presto import likelihood, presto
 
@@ -115,7 +116,7 @@ class Presto:
     """
     if not hasattr(self, "coef_"):
       raise UserError("this Presto is not fitted; call fit first")
-    x = _check_covariates(x)
+    x = check_covariates(x)
     if x.shape[1] != self.coef_.shape[1]:
       raise UserError(f"x has {x.shape[1]} columns; the model has {self.coef_.shape[1]}")
     with jax.enable_x64(True):
@@ -159,7 +160,7 @@ def check_data(
   Raises:
     UserError: what `Presto.fit` lists about the data.
   """
-  x, y = _check_covariates(x), np.asarray(y)
+  x, y = check_covariates(x), np.asarray(y)
   if y.shape != (len(x),):
     raise UserError(f"y is of shape {y.shape}; expected one label for each of the {len(x)} rows")
   if y.dtype.kind == "f" and not np.isfinite(y).all():
@@ -184,22 +185,6 @@ def check_data(
     raise UserError(f"column {constant[0]} of x is constant: it explains nothing; drop it")
   codes = (y[:, None] == labels[None, :]).argmax(axis=1)
   return x, codes, labels
-
-
-def _check_covariates(x: np.ndarray) -> np.ndarray:
-  try:
-    x = np.asarray(x, np.float64)
-  except (TypeError, ValueError):
-    raise UserError("x must be numbers; encode text columns as indicators") from None
-  if x.ndim != 2 or not x.size:
-    raise UserError(f"x is of shape {x.shape}; expected [rows, columns], at least one of each")
-  if not np.isfinite(x).all():
-    bad = np.flatnonzero(~np.isfinite(x).all(axis=0))[0]
-    raise UserError(
-      f"column {bad} of x has {(~np.isfinite(x[:, bad])).sum()} missing or infinite values; fill "
-      "them or drop those rows"
-    )
-  return x
 
 
 def _check_lambdas(lambdas: float | Sequence[float]) -> np.ndarray:

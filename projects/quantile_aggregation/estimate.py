@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 from common import cli
-from common.data.tabular import encode, numeric, read_table
+from common.data.tabular import covariate_names, encode, numeric, read_table
 from common.errors import UserError
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -56,12 +56,7 @@ def main(argv: list[str]) -> None:
     raise UserError(f"--levels={','.join(_LEVELS.value)}: expected numbers, as 0.05,0.5") from None
   table = read_table(_DATA.value)
   outcome = _OUTCOME.value
-  covariates = _COVARIATES.value or [name for name in table if name != outcome]
-  for name in (outcome, *covariates):
-    if name not in table:
-      raise UserError(f"{_DATA.value} has no column {name!r}; {cli.closest(name, table)}")
-  if outcome in covariates:
-    raise UserError(f"the outcome {outcome!r} is also among the covariates; take it out")
+  covariates = covariate_names(table, _COVARIATES.value, [outcome])
   y = numeric(table, outcome)
   x, _ = encode(table, covariates)
   workdir = pathlib.Path(_WORKDIR.value or _ROOT / "runs" / "quantile_aggregation-data").absolute()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.cli import closest
+from common.data.tabular import check_covariates
 from common.errors import UserError
 from common.evaluation.scoring_rules import pinball_loss
 from projects.quantile_aggregation import aggregators, conformal, dqa, isotonic, library
@@ -204,27 +205,6 @@ def check_levels(levels: Sequence[float]) -> np.ndarray:
   if (np.diff(values) <= 0).any():
     raise UserError(f"the levels {shown} are out of order; expected increasing ones, each once")
   return values
-
-
-def check_covariates(x: np.ndarray) -> np.ndarray:
-  """Returns x as float64 [n, d].
-
-  Raises:
-    UserError: not numbers, not two dimensions, empty, missing or infinite values.
-  """
-  try:
-    x = np.asarray(x, np.float64)
-  except (TypeError, ValueError):
-    raise UserError("x must be numbers; encode text columns as indicators") from None
-  if x.ndim != 2 or not x.size:
-    raise UserError(f"x is of shape {x.shape}; expected [rows, columns], at least one of each")
-  if not np.isfinite(x).all():
-    column = np.flatnonzero(~np.isfinite(x).all(axis=0))[0]
-    count = (~np.isfinite(x[:, column])).sum()
-    raise UserError(
-      f"column {column} of x has {count} missing or infinite values; fill or drop those rows"
-    )
-  return x
 
 
 def check_data(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -129,3 +129,29 @@ def test_files_and_sets_that_are_not_there(tmp_path):
     tabular.read_table(tmp_path / "absent.csv")
   with pytest.raises(UserError, match="did you mean diabetes?"):
     tabular.read_table("sklearn:diabets")
+
+
+def test_covariates_are_named_or_all_the_others():
+  table = {"y": np.zeros(2), "a": np.zeros(2), "b": np.zeros(2)}
+  assert tabular.covariate_names(table, None, ["y"]) == ["a", "b"]
+  assert tabular.covariate_names(table, ["b"], ["y"]) == ["b"]
+  for given, others, message in (
+    (["c"], ["y"], "no column 'c'"),
+    (None, ["z"], "no column 'z'"),
+    (["a", "y"], ["y"], "'y' is also among the covariates"),
+  ):
+    with pytest.raises(UserError, match=message):
+      tabular.covariate_names(table, given, others)
+
+
+def test_covariates_are_finite_numbers():
+  x = tabular.check_covariates([[1, 2], [3, 4]])
+  assert x.dtype == np.float64 and x.shape == (2, 2)
+  for bad, message in (
+    ([["a"]], "must be numbers"),
+    ([1.0, 2.0], r"expected \[rows, columns\]"),
+    (np.empty((0, 3)), "at least one of each"),
+    ([[1, np.nan], [2, np.inf]], "column 1 of x has 2 missing or infinite"),
+  ):
+    with pytest.raises(UserError, match=message):
+      tabular.check_covariates(bad)

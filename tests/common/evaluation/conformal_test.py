@@ -36,12 +36,3 @@ def test_an_interval_that_covers_too_much_is_narrowed():
   y = np.linspace(-1, 1, 99)
   low, high = conformal.cqr_interval(-9.0, 9.0, np.full(99, -9.0), np.full(99, 9.0), y, 0.1)
   assert high < 1 and low > -1
-
-
-def test_every_level_is_shifted_by_its_own_quantile():
-  rng = np.random.default_rng(0)
-  y, levels = rng.normal(size=999), np.array([0.1, 0.5, 0.9])
-  wrong = np.full((999, 3), 7.0)
-  shifted = conformal.shift_quantiles(wrong[:2], wrong, y, levels)
-  expected = np.sort(y)[[99, 499, 899]]  # Ranks 1000 tau.
-  np.testing.assert_allclose(shifted, np.stack([expected] * 2), rtol=1e-5, atol=1e-5)

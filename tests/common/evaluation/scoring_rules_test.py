@@ -80,14 +80,6 @@ def test_crps_of_a_normal_agrees_with_its_integral():
     np.testing.assert_allclose(rules.crps_normal(0.3, 1.7, y), below + above, rtol=1e-5)
 
 
-def test_crps_of_a_sample_agrees_with_all_pairs(rng):
-  x, y = rng.normal(size=(4, 9)), rng.normal(size=4)
-  pairs = np.abs(x[:, :, None] - x[:, None]).mean(axis=(1, 2))
-  expected = np.abs(x - y[:, None]).mean(axis=1) - pairs / 2
-  np.testing.assert_allclose(rules.crps_sample(x, y), expected, **CLOSE)
-  np.testing.assert_allclose(rules.crps_sample(x[:, :1], y), np.abs(x[:, 0] - y), **CLOSE)
-
-
 def test_rules_are_proper():
   """The expected score is smallest at the truth."""
   p = np.linspace(0.05, 0.95, 19)
