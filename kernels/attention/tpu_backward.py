@@ -12,11 +12,11 @@ from kernels.attention.tpu_blocks import (
   as_columns,
   as_rows,
   compiler_parameters,
-  div,
   dot,
   ids,
   is_whole,
   needed_part,
+  over_queries,
   resident_tokens,
   scalars,
   scores_of,
@@ -30,42 +30,22 @@ def backward_queries(
   query, key, value, queries, keys, slopes, lse, delta, d_out, settings: Settings
 ) -> Array:
   """The gradient of the queries, like `query`."""
-  batch, heads, seq, key_dim = query.shape
-  kv_heads, count, value_dim = value.shape[1:]
-  group = heads // kv_heads
-  query_block, key_block = settings.query_block, settings.key_block
-  resident = resident_tokens(key_block, count, key, value)
-  blocks = resident // key_block
-
-  def of_queries(b, h, i, part, *_):
-    return b, h, i, 0
-
-  def numbers(b, h, i, part, *_):
-    return b, h, 0, i
-
-  def of_keys(b, h, i, part, ranges, *_):
-    return b, div(h, group), needed_part(ranges, (b, i), part, blocks), 0
-
-  def ids_of_keys(b, h, i, part, ranges, *_):
-    return b, 0, needed_part(ranges, (b, i), part, blocks)
-
+  key_dim, value_dim = query.shape[3], value.shape[3]
+  block = settings.query_block
+  over = over_queries(query, key, value, key.shape[2], settings)
   return pl.pallas_call(
     functools.partial(_backward_queries_kernel, settings=settings),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
-      grid=(batch, heads, seq // query_block, count // resident),
+      grid=over.grid,
       in_specs=[
-        pl.BlockSpec((1, 1, query_block, key_dim), of_queries),
-        pl.BlockSpec((1, 1, resident, key_dim), of_keys),
-        pl.BlockSpec((1, 1, resident, value_dim), of_keys),
-        pl.BlockSpec((1, 2, query_block), lambda b, h, i, part, *_: (b, 0, i)),
-        pl.BlockSpec((1, 2, resident), ids_of_keys),
-        pl.BlockSpec((1, 1, 1, query_block), numbers),
-        pl.BlockSpec((1, 1, 1, query_block), numbers),
-        pl.BlockSpec((1, 1, query_block, value_dim), of_queries),
+        *over.specs,
+        pl.BlockSpec((1, 1, 1, block), over.numbers),
+        pl.BlockSpec((1, 1, 1, block), over.numbers),
+        pl.BlockSpec((1, 1, block, value_dim), over.queries),
       ],
-      out_specs=pl.BlockSpec((1, 1, query_block, key_dim), of_queries),
-      scratch_shapes=[pltpu.VMEM((key_dim, query_block), jnp.float32)],
+      out_specs=pl.BlockSpec((1, 1, block, key_dim), over.queries),
+      scratch_shapes=[pltpu.VMEM((key_dim, block), jnp.float32)],
     ),
     out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
     compiler_params=compiler_parameters(3, 1),

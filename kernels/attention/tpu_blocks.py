@@ -1,6 +1,7 @@
 """What the attention kernels for TPU share: which blocks they visit, and the scores of a block."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -142,6 +143,59 @@ def scores_of(
   if masked:
     scores = jnp.where(may_attend(queries, keys, settings.rule), scores, FORBIDDEN)
   return scores
+
+
+class OverQueries(NamedTuple):
+  """How a kernel goes over blocks of queries, and for each over parts of the keys.
+
+  Attributes:
+    grid: (batch, heads, blocks of queries, parts of the keys).
+    specs: of query, key, value, the queries' ids and the keys' ids.
+    queries, numbers: index maps of [batch, heads, seq, ..] and of [batch, heads, 1, seq].
+    part: (b, i, part, ranges) -> the part of the keys to have on the chip.
+  """
+
+  grid: tuple[int, int, int, int]
+  specs: list[pl.BlockSpec]
+  queries: Callable
+  numbers: Callable
+  part: Callable
+
+
+def over_queries(
+  query: Array, key: Array, value: Array, limit: int, settings: Settings
+) -> OverQueries:
+  """limit: keys to have on the chip at once, at most."""
+  batch, heads, seq, key_dim = query.shape
+  kv_heads, count, value_dim = value.shape[1:]
+  group, block = heads // kv_heads, settings.query_block
+  resident = resident_tokens(settings.key_block, limit, key, value)
+  blocks = resident // settings.key_block
+
+  def needed(b, i, part, ranges):
+    return needed_part(ranges, (b, i), part, blocks)
+
+  def queries(b, h, i, part, *_):
+    return b, h, i, 0
+
+  def numbers(b, h, i, part, *_):
+    return b, h, 0, i
+
+  def of_keys(b, h, i, part, ranges, *_):
+    return b, div(h, group), needed(b, i, part, ranges), 0
+
+  def ids_of_keys(b, h, i, part, ranges, *_):
+    return b, 0, needed(b, i, part, ranges)
+
+  specs = [
+    pl.BlockSpec((1, 1, block, key_dim), queries),
+    pl.BlockSpec((1, 1, resident, key_dim), of_keys),
+    pl.BlockSpec((1, 1, resident, value_dim), of_keys),
+    pl.BlockSpec((1, 2, block), lambda b, h, i, part, *_: (b, 0, i)),
+    pl.BlockSpec((1, 2, resident), ids_of_keys),
+  ]
+  grid = (batch, heads, seq // block, count // resident)
+  return OverQueries(grid, specs, queries, numbers, needed)
 
 
 def compiler_parameters(parallel: int, sequential: int):

@@ -14,12 +14,10 @@ from kernels.attention.tpu_blocks import (
   as_columns,
   as_rows,
   compiler_parameters,
-  div,
   dot,
   ids,
   is_whole,
-  needed_part,
-  resident_tokens,
+  over_queries,
   scalars,
   scores_of,
   visit,
@@ -32,53 +30,35 @@ _RESIDENT_WITH_BIAS = 1024  # Tokens.
 
 def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
   """out [batch, heads, seq, value_dim] and the rows' log-sum-exp, float32 [batch, heads, 1, seq]."""
-  batch, heads, seq, key_dim = query.shape
-  kv_heads, count, value_dim = value.shape[1:]
-  group = heads // kv_heads
-  query_block, key_block = settings.query_block, settings.key_block
+  batch, heads, seq, _ = query.shape
+  count, value_dim = value.shape[2:]
+  block = settings.query_block
   limit = count if bias is None else _RESIDENT_WITH_BIAS
-  resident = resident_tokens(key_block, limit, key, value)
-  blocks = resident // key_block
-
-  def of_queries(b, h, i, part, *_):
-    return b, h, i, 0
-
-  def of_keys(b, h, i, part, ranges, *_):
-    return b, div(h, group), needed_part(ranges, (b, i), part, blocks), 0
-
-  def ids_of_keys(b, h, i, part, ranges, *_):
-    return b, 0, needed_part(ranges, (b, i), part, blocks)
-
-  specs = [
-    pl.BlockSpec((1, 1, query_block, key_dim), of_queries),
-    pl.BlockSpec((1, 1, resident, key_dim), of_keys),
-    pl.BlockSpec((1, 1, resident, value_dim), of_keys),
-    pl.BlockSpec((1, 2, query_block), lambda b, h, i, part, *_: (b, 0, i)),
-    pl.BlockSpec((1, 2, resident), ids_of_keys),
-  ]
+  over = over_queries(query, key, value, limit, settings)
+  specs = over.specs
   arrays = [query, key, value, ids(queries), ids(keys)]
   if bias is not None:
 
     def of_bias(b, h, i, part, ranges, *_):
-      part = needed_part(ranges, (b, i), part, blocks)
-      return (b if bias.shape[0] > 1 else 0), (h if bias.shape[1] > 1 else 0), part, i
+      row, head = (b if bias.shape[0] > 1 else 0), (h if bias.shape[1] > 1 else 0)
+      return row, head, over.part(b, i, part, ranges), i
 
-    specs.append(pl.BlockSpec((1, 1, resident, query_block), of_bias))
+    specs = [*specs, pl.BlockSpec((1, 1, count // over.grid[3], block), of_bias)]
     arrays.append(bias.mT)
   return pl.pallas_call(
     functools.partial(_forward_kernel, settings=settings, has_bias=bias is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=4,
-      grid=(batch, heads, seq // query_block, count // resident),
+      grid=over.grid,
       in_specs=specs,
       out_specs=[
-        pl.BlockSpec((1, 1, query_block, value_dim), of_queries),
-        pl.BlockSpec((1, 1, 1, query_block), lambda b, h, i, part, *_: (b, h, 0, i)),
+        pl.BlockSpec((1, 1, block, value_dim), over.queries),
+        pl.BlockSpec((1, 1, 1, block), over.numbers),
       ],
       scratch_shapes=[
-        pltpu.VMEM((1, query_block), jnp.float32),
-        pltpu.VMEM((1, query_block), jnp.float32),
-        pltpu.VMEM((value_dim, query_block), jnp.float32),
+        pltpu.VMEM((1, block), jnp.float32),
+        pltpu.VMEM((1, block), jnp.float32),
+        pltpu.VMEM((value_dim, block), jnp.float32),
       ],
     ),
     out_shape=[
