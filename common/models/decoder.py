@@ -210,6 +210,8 @@ class Attention(nnx.Module):
     self.k_proj = _linear(config.hidden_size, kv_width, config.qkv_bias, rngs)
     self.v_proj = _linear(config.hidden_size, kv_width, config.qkv_bias, rngs)
     self.o_proj = _linear(query_width, config.hidden_size, config.attention_out_bias, rngs)
+    # Surgery may put a module here, which then sees the operands of both products.
+    self.attend = attention
 
   def __call__(self, x: Array, context: AttentionContext, kv=None):
     """x: [batch, seq, dim] -> ([batch, seq, dim], the block's updated (keys, values) or None)."""
@@ -224,7 +226,7 @@ class Attention(nnx.Module):
       )
       key, value = kv = write(kv[0], key), write(kv[1], value)
       key, value = key.astype(query.dtype), value.astype(query.dtype)
-    out = attention(
+    out = self.attend(
       query,
       key,
       value,
@@ -354,6 +356,19 @@ class Decoder(nnx.Module):
   def context(self, positions: Array, segment_ids: Array, cache: KVCache | None = None):
     """Returns the blocks' `AttentionContext` and the cache with these tokens' ids written."""
     return make_context(self.config, positions, segment_ids, cache)
+
+  def stem(self, tokens: Array, segment_ids: Array | None = None) -> tuple[Array, AttentionContext]:
+    """What comes before the blocks: their input [batch, seq, dim] and their context.
+
+    Args:
+      tokens: int32 [batch, seq].
+      segment_ids: int32 [batch, seq], 0 for padding; by default all 1, and the context is that of
+        one row.
+    """
+    positions = jnp.arange(tokens.shape[1])[None]
+    segments = jnp.ones_like(positions) if segment_ids is None else segment_ids
+    context, _ = self.context(jnp.broadcast_to(positions, segments.shape), segments)
+    return self.embed(tokens, jnp.broadcast_to(positions, tokens.shape)), context
 
   def embed(self, tokens: Array, positions: Array) -> Array:
     """int32 [batch, seq] -> [batch, seq, dim], the first block's input."""

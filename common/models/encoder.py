@@ -150,6 +150,25 @@ class Encoder(nnx.Module):
       token_types: int32 [batch, seq], the first or second sentence; by default all 0.
       positions: int32 [batch, seq], rows of the table; by default as the config says.
     """
+    x, context = self.stem(tokens, segment_ids, token_types=token_types, positions=positions)
+    for block in self.blocks:
+      x, _ = block(x, context)
+    first = x[:, 0]
+    pooled = None if self.pooler is None else jnp.tanh(self.pooler(first))
+    return EncoderOutput(x, pooled, self._logits(x, first, pooled))
+
+  def stem(
+    self,
+    tokens: Array,
+    segment_ids: Array | None = None,
+    *,
+    token_types: Array | None = None,
+    positions: Array | None = None,
+  ) -> tuple[Array, AttentionContext]:
+    """What comes before the blocks: their input [batch, seq, dim] and their context.
+
+    Args: as of `__call__`.
+    """
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
     if token_types is None:
@@ -161,12 +180,7 @@ class Encoder(nnx.Module):
     # A padding token attends to the first segment, as it would without segments: heads read the
     # first position of a left-padded row too.
     queries = Tokens(positions, jnp.maximum(segment_ids, 1))
-    context = AttentionContext(queries, Tokens(positions, segment_ids), None, jnp.int32(0))
-    for block in self.blocks:
-      x, _ = block(x, context)
-    first = x[:, 0]
-    pooled = None if self.pooler is None else jnp.tanh(self.pooler(first))
-    return EncoderOutput(x, pooled, self._logits(x, first, pooled))
+    return x, AttentionContext(queries, Tokens(positions, segment_ids), None, jnp.int32(0))
 
   def _logits(self, x: Array, first: Array, pooled: Array | None) -> Array | None:
     if self.lm_head is not None:

@@ -123,16 +123,7 @@ class VisionTransformer(nnx.Module):
     Raises:
       ValueError: the images are not of the model's size.
     """
-    expected = (*self.config.image_size, self.config.num_channels)
-    if images.shape[1:] != expected:
-      raise ValueError(f"images of shape {images.shape[1:]}; the model takes {expected}")
-    patches = self.embed_patches(images)
-    x = patches.reshape(len(images), -1, patches.shape[-1])
-    special = [self.class_token, self.distillation_token]
-    special = [jnp.broadcast_to(t[...], (len(x), 1, x.shape[-1])) for t in special if t is not None]
-    x = jnp.concatenate([*special, x], axis=1) + self.embed_positions[...]
-    tokens = Tokens(jnp.arange(x.shape[1])[None], jnp.ones((1, x.shape[1]), jnp.int32))
-    context = AttentionContext(tokens, tokens, None, jnp.int32(0))
+    x, context = self.stem(images)
     for block in self.blocks:
       x, _ = block(x, context)
     x = self.final_norm(x)
@@ -146,3 +137,20 @@ class VisionTransformer(nnx.Module):
       both = self.class_classifier(x[:, 0]) + self.distillation_classifier(x[:, 1])
       logits = both.astype(jnp.float32) / 2
     return VisionOutput(x, pooled, logits)
+
+  def stem(self, images: Array) -> tuple[Array, AttentionContext]:
+    """What comes before the blocks: their input [batch, seq, dim] and their context.
+
+    Raises:
+      ValueError: the images are not of the model's size.
+    """
+    expected = (*self.config.image_size, self.config.num_channels)
+    if images.shape[1:] != expected:
+      raise ValueError(f"images of shape {images.shape[1:]}; the model takes {expected}")
+    patches = self.embed_patches(images)
+    x = patches.reshape(len(images), -1, patches.shape[-1])
+    special = [self.class_token, self.distillation_token]
+    special = [jnp.broadcast_to(t[...], (len(x), 1, x.shape[-1])) for t in special if t is not None]
+    x = jnp.concatenate([*special, x], axis=1) + self.embed_positions[...]
+    tokens = Tokens(jnp.arange(x.shape[1])[None], jnp.ones((1, x.shape[1]), jnp.int32))
+    return x, AttentionContext(tokens, tokens, None, jnp.int32(0))

@@ -2,18 +2,21 @@
 
 `quantize_blocks` walks a model from its first block to its last. It needs one block's weights and
 the activations between two blocks in memory, never the whole model, so blocks may come from disk.
+Decoders, encoders and vision transformers are stacks of the same block.
 """
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig, make_context
+from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig
+from common.models.encoder import Encoder
 from common.models.surgery import linear_paths, record_inputs
+from common.models.vit import VisionTransformer
 from common.quantization import rtn
 from common.quantization.equivalent import fold_scale, scaling_groups, smoothquant_scale
 from common.quantization.gptq import gptq
@@ -25,36 +28,53 @@ Array = jax.Array
 # How many calibration rows one forward pass takes: bounds its temporary memory.
 ROWS_PER_PASS = 8
 
-QuantizeBlock = Callable[[int, Block, Array, AttentionContext], Block]
+Model = Decoder | Encoder | VisionTransformer
+
+
+class Streams(NamedTuple):
+  """A block's inputs [samples, seq, dim] in the original model and after the quantized blocks."""
+
+  full_precision: Array
+  quantized: Array
+
+
+QuantizeBlock = Callable[[int, Block, Array | Streams, AttentionContext], Block]
 
 
 def quantize_blocks(
-  outer: Decoder,
+  outer: Model,
   blocks: Iterable[Block],
-  tokens: Array,
+  inputs: Array,
   quantize_block: QuantizeBlock,
   *,
-  stream: Literal["full_precision", "quantized"],
+  stream: Literal["full_precision", "quantized", "both"],
+  segment_ids: Array | None = None,
 ) -> Iterator[Block]:
-  """Yields each block after `quantize_block(index, block, inputs, context)`.
+  """Yields each block after `quantize_block(index, block, x, context)`.
 
   Args:
-    outer: the model's embeddings (its blocks are not used).
+    outer: what comes before the model's blocks (its blocks are not used).
     blocks: the full-precision blocks in order; consumed one at a time, not modified.
-    tokens: calibration samples, int32 [samples, seq].
-    quantize_block: returns the quantized block; must leave the one it is given alone. `inputs`
-      are [samples, seq, dim].
+    inputs: calibration samples, int32 tokens [samples, seq], or images of a vision transformer.
+    quantize_block: returns the quantized block; must leave the one it is given alone. `x` are its
+      inputs, [samples, seq, dim].
     stream: whose outputs the next block is calibrated on: "full_precision" (AWQ: blocks are
-      independent) or "quantized" (GPTQ: later blocks see the error of the earlier ones).
+      independent) or "quantized" (GPTQ: later blocks see the error of the earlier ones). With
+      "both", `x` is the pair of them (block reconstruction).
+    segment_ids: int32 [samples, seq], 0 for padding; by default there is none.
   """
-  positions = jnp.arange(tokens.shape[1])[None]
-  context, _ = make_context(outer.config, positions, jnp.ones_like(positions))
-  x = outer.embed(tokens, jnp.broadcast_to(positions, tokens.shape))
+  x, context = outer.stem(inputs) if segment_ids is None else outer.stem(inputs, segment_ids)
+  streams = Streams(x, x)
   index = 0
   # Not `enumerate`, which would hold a block while the next one is read.
   for block in blocks:
+    x = streams if stream == "both" else getattr(streams, stream)
     quantized = quantize_block(index, block, x, context)
-    x = run_block(block if stream == "full_precision" else quantized, x, context)
+    del x
+    # A stream that is not asked for is not computed.
+    full = run_block(block, streams.full_precision, context) if stream != "quantized" else None
+    both = stream != "full_precision"
+    streams = Streams(full, run_block(quantized, streams.quantized, context) if both else None)
     index += 1
     del block
     yield quantized
@@ -62,15 +82,18 @@ def quantize_blocks(
 
 
 def quantize_model(
-  model: Decoder,
-  tokens: Array,
+  model: Model,
+  inputs: Array,
   quantize_block: QuantizeBlock,
   *,
-  stream: Literal["full_precision", "quantized"],
-) -> Decoder:
+  stream: Literal["full_precision", "quantized", "both"],
+  segment_ids: Array | None = None,
+) -> Model:
   """A copy of an in-memory model with every block quantized; see `quantize_blocks`."""
   quantized = nnx.clone(model)
-  blocks = quantize_blocks(model, model.blocks, tokens, quantize_block, stream=stream)
+  blocks = quantize_blocks(
+    model, model.blocks, inputs, quantize_block, stream=stream, segment_ids=segment_ids
+  )
   quantized.blocks = nnx.List(list(blocks))
   return quantized
 
@@ -113,7 +136,7 @@ def smoothquant_block(
   block = nnx.clone(block)
   for group in scaling_groups(config):
     features = inputs[group.linears[0]].astype(jnp.float32)
-    x_max = jnp.abs(features).max(axis=(0, 1))
+    x_max = jnp.max(jnp.abs(features) * token_mask(x, context), axis=(0, 1))
     kernels = list(get_kernels(block, list(group.linears)).values())
     fold_scale(block, group, smoothquant_scale(x_max, kernels, alpha))
   return rtn_block(block, format)
@@ -154,10 +177,25 @@ def gptq_block(
   return block
 
 
-def _chunks(x: Array) -> Array:
-  """[samples, ...] -> [passes, rows, ...] with as many rows a pass as divide the samples."""
-  rows = next(r for r in range(min(ROWS_PER_PASS, x.shape[0]), 0, -1) if x.shape[0] % r == 0)
-  return x.reshape(-1, rows, *x.shape[1:])
+def token_mask(x: Array, context: AttentionContext) -> Array:
+  """1 for a token and 0 for padding, float32 [samples, seq, 1], of a block's inputs x."""
+  segments = jnp.broadcast_to(context.keys.segment_ids, x.shape[:2])
+  return (segments != 0).astype(jnp.float32)[..., None]
+
+
+def _passes(x: Array, context: AttentionContext) -> tuple[Array, AttentionContext]:
+  """Both cut into passes of a few rows, as many as divide the samples: leaves are [passes, ...]."""
+  samples = x.shape[0]
+  rows = next(r for r in range(min(ROWS_PER_PASS, samples), 0, -1) if samples % r == 0)
+  cut = lambda leaf: leaf.reshape(-1, rows, *leaf.shape[1:])
+
+  def cut_context(leaf):
+    # What has one row serves every sample.
+    if leaf.ndim and leaf.shape[0] == samples:
+      return cut(leaf)
+    return jnp.broadcast_to(leaf, (samples // rows, *leaf.shape))
+
+  return cut(x), jax.tree.map(cut_context, context)
 
 
 _quantize = jax.jit(rtn.quantize, static_argnums=1)
@@ -165,36 +203,34 @@ _quantize = jax.jit(rtn.quantize, static_argnums=1)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_block(graphdef, state, x, context):
-  run = lambda rows: nnx.merge(graphdef, state)(rows, context)[0]
-  return jax.lax.map(run, _chunks(x)).reshape(x.shape)
+  run = lambda rows: nnx.merge(graphdef, state)(*rows)[0]
+  return jax.lax.map(run, _passes(x, context)).reshape(x.shape)
 
 
-def _record(graphdef, state, rows, context, paths):
+def _record(graphdef, state, rows, paths):
   block = nnx.merge(graphdef, state)
-  return record_inputs(block, list(paths), lambda block: block(rows, context))[1]
+  return record_inputs(block, list(paths), lambda block: block(*rows))[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _block_inputs(graphdef, state, x, context):
   paths = linear_paths(nnx.merge(graphdef, state))
-  inputs = jax.lax.map(lambda rows: _record(graphdef, state, rows, context, paths), _chunks(x))
+  record = lambda rows: _record(graphdef, state, rows, paths)
+  inputs = jax.lax.map(record, _passes(x, context))
   return {path: v.reshape(*x.shape[:2], -1) for path, v in inputs.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _block_hessians(graphdef, state, x, context, paths):
-  chunks = _chunks(x)
-
   def add(total, rows):
-    inputs = _record(graphdef, state, rows, context, paths)
+    mask = token_mask(*rows)
     products = {}
-    for path, value in inputs.items():
-      value = value.reshape(-1, value.shape[-1]).astype(jnp.float32)
+    for path, value in _record(graphdef, state, rows, paths).items():
+      value = (value.astype(jnp.float32) * mask).reshape(-1, value.shape[-1])
       products[path] = jnp.matmul(value.T, value, precision="highest")
     return jax.tree.map(jnp.add, total, products), None
 
   kernels = get_kernels(nnx.merge(graphdef, state), list(paths))
   zeros = {p: jnp.zeros((k.shape[0],) * 2, jnp.float32) for p, k in kernels.items()}
-  total, _ = jax.lax.scan(add, zeros, chunks)
-  tokens = x.shape[0] * x.shape[1]
-  return {path: 2.0 / tokens * value for path, value in total.items()}
+  total, _ = jax.lax.scan(add, zeros, _passes(x, context))
+  return {path: 2.0 / token_mask(x, context).sum() * value for path, value in total.items()}

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 from common.models.decoder import Block, make_context
+from common.models.encoder import Encoder, EncoderConfig
 from common.models.surgery import get_module, linear_paths
+from common.models.vit import VisionTransformer, VisionTransformerConfig
 from common.quantization import calibration, rtn
 from common.quantization.calibration import (
   block_hessians,
@@ -146,10 +148,91 @@ def test_run_block_in_passes_equals_the_block(model, x):
 
 @pytest.mark.parametrize("samples, rows", ((1, 1), (6, 6), (8, 8), (10, 5), (11, 1), (24, 8)))
 def test_rows_per_pass_divide_the_samples(samples, rows):
-  x = np.arange(samples * 3).reshape(samples, 3)
-  chunks = calibration._chunks(x)
-  assert chunks.shape == (samples // rows, rows, 3)
-  np.testing.assert_array_equal(chunks.reshape(samples, 3), x)
+  x = jnp.arange(samples * 6).reshape(samples, 3, 2)
+  passes, contexts = calibration._passes(x, context_of(LLAMA, x))
+  assert passes.shape == (samples // rows, rows, 3, 2)
+  np.testing.assert_array_equal(passes.reshape(x.shape), x)
+  assert contexts.keys.segment_ids.shape == (samples // rows, 1, 3)
+
+
+def test_both_streams_are_those_of_a_single_one(model, tokens):
+  seen = {"full_precision": [], "quantized": [], "both": []}
+  for stream, inputs in seen.items():
+
+    def quantize_block(index, block, x, context, inputs=inputs):
+      inputs.append(x)
+      return rtn_block(block, FORMAT)
+
+    quantize_model(model, tokens, quantize_block, stream=stream)
+  for i, streams in enumerate(seen["both"]):
+    np.testing.assert_array_equal(streams.full_precision, seen["full_precision"][i])
+    np.testing.assert_array_equal(streams.quantized, seen["quantized"][i])
+
+
+def padded_encoder():
+  """An encoder, tokens of which some are padding, and where they are."""
+  model = Encoder(
+    EncoderConfig(
+      vocab_size=50,
+      hidden_size=16,
+      intermediate_size=32,
+      num_layers=2,
+      num_heads=2,
+      max_position_embeddings=12,
+    ),
+    rngs=nnx.Rngs(0),
+  )
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, 50, (SAMPLES, 12))
+  segment_ids = (np.arange(12) < rng.integers(3, 13, (SAMPLES, 1))).astype(np.int32)
+  return model, jnp.asarray(tokens * segment_ids), jnp.asarray(segment_ids)
+
+
+def test_an_encoder_is_walked_with_its_padding():
+  model, tokens, segment_ids = padded_encoder()
+  streams = []
+
+  def keep(index, block, x, context):
+    streams.append((x, context))
+    return block
+
+  quantize_model(model, tokens, keep, stream="full_precision", segment_ids=segment_ids)
+  x, context = streams[-1]
+  last = run_block(model.blocks[-1], x, context)
+  np.testing.assert_allclose(last, model(tokens, segment_ids=segment_ids).hidden, **CLOSE)
+  # Padding is in no statistic: other values there change neither Hessians nor SmoothQuant's scale.
+  paths = linear_paths(model.blocks[-1])
+  noise = jnp.where(segment_ids[..., None] == 0, 100.0, 0.0)
+  clean, noisy = (block_hessians(model.blocks[-1], x + n, context, paths) for n in (0, noise))
+  for path in ("attention.q_proj", "mlp.up_proj"):
+    np.testing.assert_allclose(noisy[path], clean[path], rtol=1e-4, atol=1e-4)
+  scaled = [
+    smoothquant_block(model.blocks[-1], x + n, context, model.config.block, FORMAT)
+    for n in (0, noise)
+  ]
+  for a, b in zip(*(quantized_weights(block).values() for block in scaled)):
+    np.testing.assert_allclose(a.dequantize(), b.dequantize(), atol=1e-4)
+
+
+def test_a_vision_transformer_is_walked():
+  config = VisionTransformerConfig(
+    image_size=(8, 8),
+    patch_size=(4, 4),
+    hidden_size=16,
+    intermediate_size=32,
+    num_layers=2,
+    num_heads=2,
+    head="classification",
+    labels=("a", "b"),
+  )
+  model = VisionTransformer(config, rngs=nnx.Rngs(0))
+  images = jax.random.normal(jax.random.key(0), (SAMPLES, 8, 8, 3))
+  keep = lambda index, block, x, context: block
+  same = quantize_model(model, images, keep, stream="both")
+  np.testing.assert_array_equal(same(images).logits, model(images).logits)
+  rounded = lambda index, block, x, context: rtn_block(block, FORMAT)
+  quantized = quantize_model(model, images, rounded, stream="quantized")
+  assert all(len(quantized_weights(block)) == 6 for block in quantized.blocks)
 
 
 def observed_inputs(block, x, context):
