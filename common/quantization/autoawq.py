@@ -39,6 +39,8 @@ def quantization_config(format: IntegerFormat) -> dict[str, Any]:
       "the AutoAWQ layout holds asymmetric weights grouped along the input with float16 scales "
       f"(axis=0, symmetric=False, scale_dtype=float16), not {format}"
     )
+  if format.bits == 6:
+    raise UserError("the AutoAWQ layout holds 2, 3, 4 or 8 bits, not 6")
   return {
     "quant_method": "awq",
     "version": "gemm" if format.bits == 4 else "flaxworks",

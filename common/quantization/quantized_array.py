@@ -18,7 +18,7 @@ class IntegerFormat:
   """A uniform integer format for weights [in, out].
 
   Attributes:
-    bits: 2, 3, 4 or 8.
+    bits: 2, 3, 4, 6 or 8.
     group_size: consecutive entries along `axis` that share a scale; -1 takes the whole axis
       (per channel).
     axis: 0 groups along the input (the usual choice: one scale per output channel and group), 1
@@ -40,7 +40,7 @@ class IntegerFormat:
     # One spelling, so that equal formats are equal and hash alike (they are static under jit).
     object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
     if self.bits not in SUPPORTED_BITS:
-      raise UserError(f"bits={self.bits} is not supported; supported: 2, 3, 4, 8")
+      raise UserError(f"bits={self.bits} is not supported; supported: 2, 3, 4, 6, 8")
     if self.group_size != -1 and self.group_size < 1:
       raise UserError(f"group_size={self.group_size} must be positive, or -1 for the whole axis")
     if self.axis not in (0, 1, None):
@@ -108,12 +108,13 @@ class QuantizedArray:
     return bits + self.scales.size * per_group / float(np.prod(self.shape))
 
   def packed_bytes(self) -> int:
-    """Bytes stored, on disk and in accelerator memory, with the padding of 3-bit codes.
+    """Bytes stored, on disk and in accelerator memory, with the padding of 3- and 6-bit codes.
 
     (XLA's CPU backend keeps one 2- or 4-bit value per byte.)
     """
     bits, (rows, columns) = self.format.bits, self.shape
     rows += -rows % PLANE_ROWS if bits == 3 else 0
+    bits = 8 if bits == 6 else bits
     zero_point_bits = 0 if self.format.symmetric else 8 if bits == 3 else bits
     per_group = jnp.finfo(self.scales.dtype).bits + zero_point_bits
     return -(-(rows * columns * bits + self.scales.size * per_group) // 8)

@@ -33,7 +33,7 @@ def quantized_matmul(
     scales: [in / group, out] (groups along the input), [in, out / group] (along the output) or
       [1, 1] (per tensor), any float type.
     zero_points: unsigned codes of the value 0, shaped like `scales`; None for symmetric codes.
-    bits: 2, 3, 4 or 8.
+    bits: 2, 3, 4, 6 or 8; 6-bit codes are stored as 8-bit ones.
     implementation: "xla" for any arguments and platform, "mosaic_tpu" for a few rows on TPU (see
       `mosaic_tpu.unsupported`); None picks the best that supports the arguments: mosaic_tpu in a
       process with one TPU, as a kernel is not cut over several devices by the compiler.
@@ -67,6 +67,8 @@ def quantized_matmul(
     raise ValueError(f"scales {scales.shape} do not divide the weights ({rows}, {columns})")
   if zero_points is not None and zero_points.shape != scales.shape:
     raise ValueError(f"zero_points {zero_points.shape} differ from scales {scales.shape}")
+  if bits == 6:
+    bits = 8  # The same arrays: zero points are absolute, and signs are extended.
   problem = mosaic_tpu.unsupported(x, values, scales, bits=bits)
   if implementation == "mosaic_tpu" and problem:
     raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")

@@ -1,5 +1,7 @@
 """Storage of low-bit integer codes: native 2-, 4- and 8-bit arrays, bit planes for 3 bits.
 
+6-bit codes, which serve integer products, take the bytes of 8-bit ones.
+
 A code is an unsigned integer 0 .. 2^bits - 1 when the array has zero points, else a two's-complement
 integer -2^(bits-1) .. 2^(bits-1) - 1.
 
@@ -13,11 +15,11 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-SUPPORTED_BITS = (2, 3, 4, 8)
+SUPPORTED_BITS = (2, 3, 4, 6, 8)
 PLANE_ROWS = 32
 
-_UNSIGNED = {2: jnp.uint2, 4: jnp.uint4, 8: jnp.uint8}
-_SIGNED = {2: jnp.int2, 4: jnp.int4, 8: jnp.int8}
+_UNSIGNED = {2: jnp.uint2, 4: jnp.uint4, 6: jnp.uint8, 8: jnp.uint8}
+_SIGNED = {2: jnp.int2, 4: jnp.int4, 6: jnp.int8, 8: jnp.int8}
 
 
 def packed_dtype(bits: int, *, signed: bool):
@@ -31,7 +33,7 @@ def pack(codes: Array, bits: int, *, signed: bool) -> Array:
   Args:
     codes: integers (of any type, floating included) [rows, columns] in the range that `bits` and
       `signed` give.
-    bits: 2, 3, 4 or 8.
+    bits: 2, 3, 4, 6 or 8.
     signed: two's complement (arrays without zero points).
 
   Returns:

@@ -24,7 +24,7 @@ def dequantize(
     scales: [rows / group, columns], [rows, columns / group] or [1, 1]: one scale per group of
       consecutive rows, of consecutive columns, or for the whole matrix.
     zero_points: unsigned integers shaped like `scales`, or None for symmetric codes.
-    bits: 2, 3, 4 or 8.
+    bits: 2, 3, 4, 6 or 8.
     rows: number of rows (bit planes are padded).
     dtype: of the result; the arithmetic is float32.
   """

@@ -16,7 +16,7 @@ dequantize = jax.jit(lambda quantized: quantized.dequantize())
 @pytest.mark.parametrize(
   "arguments, message",
   (
-    ((5,), "bits=5 is not supported; supported: 2, 3, 4, 8"),
+    ((5,), "bits=5 is not supported; supported: 2, 3, 4, 6, 8"),
     ((16,), "bits=16"),
     ((4, 0), "group_size=0 must be positive, or -1"),
     ((4, -2), "group_size=-2 must be positive"),
@@ -55,7 +55,7 @@ def abstract(shape, *arguments, **options):
   return jax.eval_shape(lambda w: rtn.quantize(w, format), jnp.zeros(shape))
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+@pytest.mark.parametrize("bits", (2, 3, 4, 6, 8))
 @pytest.mark.parametrize("group_size", (32, 128))
 def test_bits_per_weight(bits, group_size):
   """N + (16 + N) / g with float16 scales; symmetric codes have no zero points."""
@@ -64,9 +64,9 @@ def test_bits_per_weight(bits, group_size):
   assert asymmetric.bits_per_weight() == bits + (16 + bits) / group_size
   assert stored(scale_dtype=jnp.float16, symmetric=True).bits_per_weight() == bits + 16 / group_size
   assert stored().bits_per_weight() == bits + (32 + bits) / group_size
-  # Zero points of 3-bit codes take a byte each.
-  zero_bits = 8 if bits == 3 else bits
-  stored_bits = 128 * 64 * bits + 128 // group_size * 64 * (16 + zero_bits)
+  # Zero points of 3-bit codes take a byte each, and so do 6-bit codes.
+  code_bits, zero_bits = 8 if bits == 6 else bits, 8 if bits in (3, 6) else bits
+  stored_bits = 128 * 64 * code_bits + 128 // group_size * 64 * (16 + zero_bits)
   assert asymmetric.packed_bytes() == stored_bits / 8
 
 
@@ -95,7 +95,7 @@ def test_dequantize_to_another_type():
   np.testing.assert_array_equal(low, quantized.dequantize().astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("bits", (2, 3, 4, 8))
+@pytest.mark.parametrize("bits", (2, 3, 4, 6, 8))
 def test_from_codes(bits):
   rng = np.random.default_rng(0)
   codes = rng.integers(0, 2**bits, (40, 4)).astype(np.float32)

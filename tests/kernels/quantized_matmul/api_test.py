@@ -106,7 +106,7 @@ def test_implementation_by_name():
 
 
 BAD_ARGUMENTS = {
-  "bits": ({"bits": 5}, "5 bits are not supported; supported: .*2, 3, 4, 8"),
+  "bits": ({"bits": 5}, "5 bits are not supported; supported: .*2, 3, 4, 6, 8"),
   "implementation": (
     {"implementation": "cuda"},
     "'cuda' is not supported; supported: xla, mosaic_tpu",
