@@ -11,7 +11,7 @@ import json
 import pathlib
 import shutil
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import filelock
 import jax
@@ -60,6 +60,24 @@ class BaseModel(NamedTuple):
   metadata: dict[str, Any]
 
 
+# What a family does otherwise than Llama.
+_LAYER_NORM = {
+  "norm": "layer",
+  "norm_eps": 1e-5,
+  "gated_mlp": False,
+  "qkv_bias": True,
+  "attention_out_bias": True,
+  "mlp_bias": True,
+}
+FAMILIES = {
+  "llama": {},
+  "opt": _LAYER_NORM
+  | {"family": "opt", "position": "learned", "position_offset": 2, "activation": "relu"},
+  "bloom": _LAYER_NORM
+  | {"family": "bloom", "position": "alibi", "activation": "gelu_tanh", "embedding_norm": True},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
   """How a base model is pretrained: AdamW, warmup-cosine, packed rows of the three corpora."""
@@ -75,10 +93,11 @@ class Recipe:
   seq_len: int
   learning_rate: float
   weight_decay: float = 0.1
+  family: Literal["llama", "opt", "bloom"] = "llama"
 
   @property
   def config(self) -> DecoderConfig:
-    """A Llama of this size with tied embeddings."""
+    """A decoder of this family and size with tied embeddings."""
     return DecoderConfig(
       vocab_size=self.vocab_size,
       hidden_size=self.hidden_size,
@@ -89,6 +108,7 @@ class Recipe:
       head_dim=self.hidden_size // self.num_heads,
       max_position_embeddings=1024,
       tie_word_embeddings=True,
+      **FAMILIES[self.family],
     )
 
   @property
@@ -152,11 +172,32 @@ RECIPES = {
 }
 
 
+def _small(family: str, width: int) -> Recipe:
+  """A model with plain MLPs trained as long as lm-small."""
+  return dataclasses.replace(
+    RECIPES["lm-small"],
+    family=family,
+    hidden_size=width,
+    intermediate_size=4 * width,
+    num_heads=width // 32,
+    num_kv_heads=width // 32,
+  )
+
+
+# "opt-small" and "bloom-small", and both at half and at one and a half times the width. (OPT's
+# learned positions are trained up to the 128th only.)
+RECIPES |= {
+  f"{family}-small{suffix}": _small(family, width)
+  for family in ("opt", "bloom")
+  for suffix, width in (("-64", 64), ("", 128), ("-192", 192))
+}
+
+
 def base_model(name_or_path: str, *, seed: int = 0) -> BaseModel:
   """Returns a base model by name, or loads a Hugging Face directory.
 
   Args:
-    name_or_path: "lm-tiny" or "lm-small" (pretrained on first use, then cached), or a directory.
+    name_or_path: a name in `RECIPES` (pretrained on first use, then cached), or a directory.
     seed: of initialisation and data order, for the named models.
 
   Raises:

@@ -2,7 +2,8 @@
 
 Large language models have a few channels whose activations are tens of times larger than the rest;
 small ones do not. Raising a norm's gain on some channels and lowering the columns of the linears
-that read them by the same factor creates such channels and leaves every output as it was.
+that read them by the same factor creates such channels and leaves every output as it was. Shifting
+the norm's bias there too, which the linears' biases make good, makes them lie to one side of zero.
 """
 
 import jax
@@ -12,11 +13,16 @@ from flax import nnx
 from common.errors import UserError
 from common.models.decoder import Decoder
 from common.models.surgery import get_module
-from common.quantization.equivalent import fold_scale, scaling_groups
+from common.quantization.equivalent import fold_scale, fold_shift, scaling_groups
 
 
 def inject_outliers(
-  model: Decoder, key: jax.Array, *, fraction: float = 0.02, gain: float = 30.0
+  model: Decoder,
+  key: jax.Array,
+  *,
+  fraction: float = 0.02,
+  gain: float = 30.0,
+  shift: float = 0.0,
 ) -> Decoder:
   """Returns a copy of the model with outlier channels after every norm inside its blocks.
 
@@ -25,12 +31,14 @@ def inject_outliers(
     key: picks the channels, a fresh set for every norm.
     fraction: of the channels to raise (at least one).
     gain: factor on the norm's gain; the reading weights are divided by it.
+    shift: how far the chosen channels are moved off zero, to either side at random, in standard
+      deviations of a usual channel (the norm's root-mean-square gain). Needs LayerNorm.
 
   Returns:
     A model with the same outputs up to rounding.
 
   Raises:
-    UserError: the blocks have no norm that only linears read.
+    UserError: the blocks have no norm that only linears read, or none that can be shifted.
   """
   if model.config.norm_placement != "pre":
     raise UserError(
@@ -46,6 +54,10 @@ def inject_outliers(
       key, use = jax.random.split(key)
       dim = model.config.hidden_size
       chosen = jax.random.permutation(use, dim)[: max(1, round(fraction * dim))]
+      usual = jnp.sqrt(jnp.mean(get_module(block, group.previous).scale[...] ** 2))
       # `fold_scale` divides the gain by the scale and multiplies the weights.
       fold_scale(block, group, jnp.ones(dim).at[chosen].set(1.0 / gain))
+      if shift:
+        sides = jax.random.rademacher(jax.random.fold_in(use, 1), chosen.shape, jnp.float32)
+        fold_shift(block, group, jnp.zeros(dim).at[chosen].set(-shift * usual * sides))
   return model

@@ -11,8 +11,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from common.errors import UserError
 from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig
 from common.models.encoder import Encoder
 from common.models.surgery import linear_paths, record_inputs
@@ -175,6 +177,26 @@ def gptq_block(
     set_kernels(block, {p: weights[p].dequantize(kernels[p].dtype) for p in paths})
   pack_linears(block, weights)
   return block
+
+
+def check_finite(module: nnx.Module, x: Array | None = None) -> None:
+  """Checks, before any work, that weights and calibration activations are numbers.
+
+  Args:
+    module: a block or model.
+    x: its inputs.
+
+  Raises:
+    UserError: the first tensor with a NaN or an infinity is named.
+  """
+  named = [
+    (".".join(map(str, path)), leaf)
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))
+  ]
+  for name, value in [*named, *([] if x is None else [("the calibration activations", x)])]:
+    value = np.asarray(value[...], np.float32)
+    if not np.isfinite(value).all():
+      raise UserError(f"{name} has {np.sum(~np.isfinite(value))} values that are NaN or infinite")
 
 
 def token_mask(x: Array, context: AttentionContext) -> Array:

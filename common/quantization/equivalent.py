@@ -1,15 +1,18 @@
-"""Per-channel scaling that leaves the full-precision function unchanged.
+"""Per-channel scaling and shifting that leave the full-precision function unchanged.
 
-y = W x = (W diag(s)) (diag(1/s) x). The 1/s is folded into the operation that produces x: a norm's
-gain, the columns of a linear, or an explicit division where nothing linear precedes.
+y = W x + b = (W diag(s)) (diag(1/s) (x - z)) + (b + W z). The 1/s is folded into the operation that
+produces x: a norm's gain, the columns of a linear, or an explicit division where nothing linear
+precedes. The shift z is folded into a norm's bias.
 """
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from common.errors import UserError
 from common.models.decoder import DecoderConfig
 from common.models.surgery import get_module
 
@@ -92,6 +95,31 @@ def fold_scale(block: nnx.Module, group: ScalingGroup, scale: Array) -> None:
     _multiply(get_module(block, path).kernel, scale[:, None])
 
 
+def fold_shift(block: nnx.Module, group: ScalingGroup, shift: Array) -> None:
+  """Takes `shift` off the group's input channels and makes it good in the biases, in place.
+
+  Args:
+    block: a decoder block.
+    group: which input of the block; a LayerNorm produces it, and its linears have biases.
+    shift: [in].
+
+  Raises:
+    UserError: there is no bias to fold the shift into.
+  """
+  norm = get_module(block, group.previous)
+  linears = {path: get_module(block, path) for path in group.linears}
+  if not isinstance(norm, nnx.LayerNorm) or norm.bias is None:
+    raise UserError(f"{group.previous} has no bias that could take a shift; expected a LayerNorm")
+  for path, linear in linears.items():
+    if linear.bias is None:
+      raise UserError(f"{path} has no bias that could make good a shift of its input")
+  norm.bias[...] = (norm.bias[...] - shift).astype(norm.bias.dtype)
+  for linear in linears.values():
+    kernel = linear.kernel[...].astype(jnp.float32)
+    added = jnp.matmul(shift.astype(jnp.float32), kernel, precision="highest")
+    linear.bias[...] = (linear.bias[...] + added).astype(linear.bias.dtype)
+
+
 def _multiply(parameter: nnx.Param | None, factor: Array) -> None:
   """Multiplies in place, in the parameter's own type."""
   if parameter is not None:
@@ -108,6 +136,6 @@ def smoothquant_scale(x_max: Array, kernels: list[Array], alpha: float = 0.5) ->
     kernels: weights of the linears that share the input, each [in, out].
     alpha: migration strength; 0.5 shares the difficulty evenly.
   """
-  w_max = jax.numpy.stack([jax.numpy.abs(k).max(axis=1) for k in kernels]).max(axis=0)
-  scale = jax.numpy.maximum(x_max, 1e-5) ** alpha / jax.numpy.maximum(w_max, 1e-5) ** (1 - alpha)
-  return jax.numpy.maximum(scale, 1e-5)
+  w_max = jnp.stack([jnp.abs(k).max(axis=1) for k in kernels]).max(axis=0)
+  scale = jnp.maximum(x_max, 1e-5) ** alpha / jnp.maximum(w_max, 1e-5) ** (1 - alpha)
+  return jnp.maximum(scale, 1e-5)

@@ -52,3 +52,20 @@ def test_norms_that_the_residual_stream_reads_too_are_refused():
   model = random_decoder(ARCHITECTURES["opt, post-norm"])
   with pytest.raises(UserError, match="norm_placement='post'.*supported: norm_placement='pre'"):
     inject_outliers(model, jax.random.key(0))
+
+
+def test_shifted_outliers_lie_to_one_side_and_outputs_stay():
+  model = random_decoder(ARCHITECTURES["opt"])
+  changed = inject_outliers(model, jax.random.key(0), fraction=0.1, gain=4.0, shift=40.0)
+  tokens = jnp.asarray(random_tokens(model.config))
+  # Biases of 40 times the weights are taken off sums of that size again: float32 rounding.
+  np.testing.assert_allclose(logits(changed, tokens), logits(model, tokens), atol=5e-3, rtol=1e-3)
+  x, context = changed.stem(tokens)
+  inputs = block_inputs(changed.blocks[0], x, context)["attention.q_proj"]
+  mean, deviation = jnp.abs(inputs.mean((0, 1))), inputs.std((0, 1))
+  assert int(jnp.sum(mean > 20)) == 3 and float(deviation.max()) < 20
+
+
+def test_a_norm_without_a_bias_cannot_be_shifted():
+  with pytest.raises(UserError, match="attention_norm has no bias that could take a shift"):
+    inject_outliers(random_decoder(ARCHITECTURES["llama"]), jax.random.key(0), shift=1.0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from common.errors import UserError
 from common.models.decoder import Block, make_context
 from common.models.encoder import Encoder, EncoderConfig
 from common.models.surgery import get_module, linear_paths
@@ -17,6 +18,7 @@ from common.quantization import calibration, rtn
 from common.quantization.calibration import (
   block_hessians,
   block_inputs,
+  check_finite,
   gptq_block,
   quantize_blocks,
   quantize_model,
@@ -355,3 +357,14 @@ def test_blocks_of_one_shape_compile_once(method, model, tokens):
   assert len(before_block) == 4
   # The second block's making may be the first to run something small, such as a transfer.
   assert len(compiled) == before_block[2], before_block
+
+
+def test_the_tensor_that_is_not_finite_is_named(model, x):
+  block = model.blocks[0]
+  check_finite(block, x)
+  broken = nnx.clone(block)
+  broken.mlp.up_proj.kernel[...] = broken.mlp.up_proj.kernel[...].at[0, 0].set(jnp.nan)
+  with pytest.raises(UserError, match="mlp.up_proj.kernel has 1 values that are NaN or infinite"):
+    check_finite(broken)
+  with pytest.raises(UserError, match="the calibration activations has"):
+    check_finite(block, x.at[0, 0, 0].set(jnp.inf))

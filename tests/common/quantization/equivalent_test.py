@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from common.errors import UserError
 from common.models.surgery import get_module
 from common.quantization.equivalent import (
   ScaledActivation,
   ScalingGroup,
   fold_scale,
+  fold_shift,
   scaling_groups,
   smoothquant_scale,
 )
@@ -176,3 +178,31 @@ def test_smoothquant_scale():
 def test_smoothquant_scale_of_dead_channels_is_positive_and_finite():
   scale = smoothquant_scale(jnp.array([0.0, 1.0, 0.0]), [jnp.array([[1.0], [0.0], [0.0]])])
   assert np.isfinite(scale).all() and (scale >= 1e-5).all()
+
+
+@pytest.mark.parametrize("name", ("opt", "bloom", "neox"))
+def test_a_shift_leaves_the_function(name):
+  config = ARCHITECTURES[name]
+  model = random_decoder(config)
+  shifted = nnx.clone(model)
+  for block in shifted.blocks:
+    for i, group in enumerate(scaling_groups(config)):
+      if isinstance(get_module(block, group.previous), nnx.LayerNorm):
+        z = jax.random.normal(jax.random.key(i), (config.hidden_size,))
+        before = get_module(block, group.previous).bias[...]
+        fold_shift(block, group, z)
+        after = get_module(block, group.previous).bias[...]
+        np.testing.assert_allclose(before - after, z, atol=1e-6)
+  tokens = random_tokens(config)
+  np.testing.assert_allclose(logits(shifted, tokens), logits(model, tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_a_shift_needs_biases():
+  block = random_decoder(ARCHITECTURES["opt"]).blocks[0]
+  group = scaling_groups(ARCHITECTURES["opt"])[0]
+  block.attention.v_proj.bias = None
+  with pytest.raises(UserError, match="attention.v_proj has no bias that could make good"):
+    fold_shift(block, group, jnp.ones(32))
+  through = ScalingGroup("attention.v_proj", ("attention.o_proj",), "attention.o_proj")
+  with pytest.raises(UserError, match="attention.v_proj has no bias that could take a shift"):
+    fold_shift(block, through, jnp.ones(32))

@@ -1,0 +1,192 @@
+"""Block reconstruction: train what a quantizer learns until a block's output is the original's.
+
+    min  || f(X; W) - f_q(X_q; theta) ||^2
+
+X is a block's input in the original model and X_q its input after the blocks that are quantized
+already (`calibration.quantize_blocks(..., stream="both")`). BRECQ (Li et al. 2021) trains a block
+at a time; QDrop (Wei et al. 2022) also puts elements of X back into X_q at random; a single linear
+is a block too (AdaRound, ZQ-Local). What is learned is the `Learned` variables of the student.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+Array = jax.Array
+
+
+class Learned(nnx.Variable):
+  """A variable that reconstruction trains: rounding parameters, steps, clipping factors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReconstructionSettings:
+  """How long, and on what.
+
+  Attributes:
+    num_steps: optimizer steps.
+    batch_size: samples in each, drawn without replacement within an epoch.
+    drop_probability: share of the elements of X_q that are replaced by X's in each step (QDrop:
+      0.5). 0 is BRECQ's protocol.
+    keep_best: keep the parameters with the least error on all samples, of those at the start and at
+      the end of the run; otherwise those at the end.
+  """
+
+  num_steps: int
+  batch_size: int
+  drop_probability: float = 0.0
+  keep_best: bool = True
+
+
+class ReconstructionLog(NamedTuple):
+  """How a reconstruction went.
+
+  Attributes:
+    losses: of every step's batch, float32 [num_steps].
+    before, after: mean squared error of the output on all samples, float32 []; `after` is that of
+      the parameters that were kept.
+  """
+
+  losses: Array
+  before: Array
+  after: Array
+
+
+# (student, its output, target, progress in [0, 1)) -> loss
+Objective = Callable[[nnx.Module, Array, Array, Array], Array]
+# (module, x, context) -> output
+Run = Callable[[nnx.Module, Array, object], Array]
+
+
+def squared_error(student: nnx.Module, output: Array, target: Array, progress: Array) -> Array:
+  """The mean squared error of the output, float32 []."""
+  del student, progress
+  return jnp.mean((output.astype(jnp.float32) - target.astype(jnp.float32)) ** 2)
+
+
+def run_transformer_block(block: nnx.Module, x: Array, context) -> Array:
+  """Output of a decoder's, encoder's or vision transformer's block."""
+  return block(x, context)[0]
+
+
+def reconstruct(
+  student: nnx.Module,
+  inputs: Array,
+  targets: Array,
+  context,
+  key: Array,
+  settings: ReconstructionSettings,
+  optimizer: optax.GradientTransformation,
+  *,
+  full_precision_inputs: Array | None = None,
+  objective: Objective = squared_error,
+  run: Run = run_transformer_block,
+) -> tuple[nnx.Module, ReconstructionLog]:
+  """Trains a student's `Learned` variables on one block; compiled once per shape.
+
+  Args:
+    student: the block with its quantizers; not modified.
+    inputs: X_q, [samples, ...].
+    targets: the original block's outputs on X, [samples, ...].
+    context: passed to `run`; that of one row, or with a leading axis of samples in every array that
+      differs between them.
+    key: of the batches and of QDrop.
+    settings: steps and batches.
+    optimizer: of the `Learned` variables. Pass the same object (and `objective` and `run`) for
+      every block: a new one is compiled anew.
+    full_precision_inputs: X; needed with `drop_probability`.
+    objective: what is minimised.
+    run: how the student is called.
+
+  Returns:
+    The trained student, and how it went.
+
+  Raises:
+    ValueError: QDrop without X, or nothing to learn.
+  """
+  if settings.drop_probability and full_precision_inputs is None:
+    raise ValueError("drop_probability needs full_precision_inputs")
+  graphdef, learned, rest = nnx.split(student, Learned, ...)
+  if not jax.tree.leaves(learned):
+    raise ValueError("the student has no Learned variable")
+  originals = inputs if full_precision_inputs is None else full_precision_inputs
+  static = (graphdef, settings, optimizer, objective, run)
+  learned, log = _reconstruct(*static, learned, rest, inputs, originals, targets, context, key)
+  return nnx.merge(graphdef, learned, rest), log
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _reconstruct(
+  graphdef,
+  settings,
+  optimizer,
+  objective,
+  run,
+  learned,
+  rest,
+  inputs,
+  originals,
+  targets,
+  context,
+  key,
+):
+  samples = inputs.shape[0]
+  batch_size = min(settings.batch_size, samples)
+  batches_per_epoch = samples // batch_size
+  batch_key, drop_key = jax.random.split(key)
+
+  def rows_of(step):
+    """Indices of the step's samples: a part of its epoch's permutation."""
+    epoch, part = step // batches_per_epoch, step % batches_per_epoch
+    order = jax.random.permutation(jax.random.fold_in(batch_key, epoch), samples)
+    return jax.lax.dynamic_slice_in_dim(order, part * batch_size, batch_size)
+
+  def take(rows):
+    per_sample = lambda leaf: jnp.ndim(leaf) > 0 and leaf.shape[0] == samples and samples > 1
+    return jax.tree.map(lambda leaf: leaf[rows] if per_sample(leaf) else leaf, context)
+
+  def step_fn(carry, step):
+    learned, state = carry
+    rows = rows_of(step)
+    x = inputs[rows]
+    if settings.drop_probability:
+      dropped = jax.random.bernoulli(
+        jax.random.fold_in(drop_key, step), settings.drop_probability, x.shape
+      )
+      x = jnp.where(dropped, originals[rows], x)
+
+    def loss_fn(learned):
+      student = nnx.merge(graphdef, learned, rest)
+      output = run(student, x, take(rows))
+      return objective(student, output, targets[rows], step / settings.num_steps)
+
+    loss, gradient = jax.value_and_grad(loss_fn)(learned)
+    updates, state = optimizer.update(gradient, state, learned)
+    return (optax.apply_updates(learned, updates), state), loss
+
+  def error(learned):
+    """On all samples, a batch at a time (those that fill no batch are left out)."""
+    parts = jnp.arange(batches_per_epoch * batch_size).reshape(-1, batch_size)
+
+    def of_batch(rows):
+      output = run(nnx.merge(graphdef, learned, rest), inputs[rows], take(rows))
+      return squared_error(None, output, targets[rows], 0.0)
+
+    return jnp.mean(jax.lax.map(of_batch, parts))
+
+  before = error(learned)
+  state = optimizer.init(learned)
+  (trained, _), losses = jax.lax.scan(step_fn, (learned, state), jnp.arange(settings.num_steps))
+  after = error(trained)
+  if settings.keep_best:
+    # Also false where training ended in NaN.
+    better = after <= before
+    trained = jax.tree.map(lambda new, old: jnp.where(better, new, old), trained, learned)
+    after = jnp.where(better, after, before)
+  return trained, ReconstructionLog(losses, before, after)
