@@ -47,6 +47,11 @@ _UCI = (
   "6eb4497628d12b0f300f4b4f6bdc386bebad565c/UCI_Datasets"
 )
 
+_NPL = (
+  "https://raw.githubusercontent.com/terrier-org/terrier-core/"
+  "3ceec7d89cb943a56e4bf298b00897d4221d0002/share/vaswani_npl"
+)
+
 DATA = {
   "uci_regression": [
     Remote(
@@ -78,6 +83,21 @@ DATA = {
       f"{_UCI}/power-plant/data/data.txt",
       "power.txt.gz",
       "daebd20c408dfc5c4979604f240e891be162c3a5d00d662380aa669044a1fb31",
+    ),
+  ],
+  "vaswani_npl": [
+    Remote(
+      f"{_NPL}/corpus/doc-text.trec",
+      "doc-text.trec.gz",
+      "117ae7491647cb9725621bad52969a78307de19b1757852a0a2383659a856d36",
+    ),
+    Remote(
+      f"{_NPL}/query-text.trec",
+      "query-text.trec",
+      "fef998db14818f74a22b2fb2be06425d5fb0dbd83ed9841fa0440e0a5477da7b",
+    ),
+    Remote(
+      f"{_NPL}/qrels", "qrels", "1b3ed6a43752c7a7becb0dbd1614d662791bb7825b60182fd36be24d480ea447"
     ),
   ],
   "wikitext2": [
