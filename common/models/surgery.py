@@ -27,7 +27,8 @@ def replace_module(module: nnx.Module, path: str, new) -> None:
   if name.isdigit():
     parent[int(name)] = new
   else:
-    setattr(parent, name, new)
+    # A module may take the place of a plain function, such as an activation.
+    setattr(parent, name, nnx.data(new) if isinstance(new, nnx.Module) else new)
 
 
 def linear_paths(module: nnx.Module) -> list[str]:
