@@ -6,15 +6,19 @@
 Training: `lm-small`, batch 16 x 128, forward, backward and AdamW; ours with the base models' train
 step, theirs with LlamaForCausalLM and torch.optim.AdamW. Generation: 8 layers of width 512, batch
 8, prompts of 32 tokens, 128 new tokens, greedy; ours compiled, theirs `generate` with its KV cache.
-Both sides start from the same weights, and must agree on the loss and on the tokens. The two are
-timed in turns, and the fastest turn of each counts.
+Both sides start from the same weights, and must agree on the loss and on the tokens. Each runs in
+a process of its own, set up as its users would have it; the two are timed in turns, and the fastest
+turn of each counts.
 """
 
+import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,7 +26,7 @@ from absl import app, flags
 from flax import nnx
 
 from common import cli
-from common.checkpoints.huggingface import save_model
+from common.checkpoints.huggingface import load_decoder, save_model
 from common.decoding.generation import generate
 from common.models.base import RECIPES, pretraining_step
 from common.models.decoder import Decoder, DecoderConfig
@@ -35,143 +39,176 @@ _OUT = flags.DEFINE_string("out", "benchmarks/models/llama_vs_transformers.json"
 
 TRAIN_BATCH, TRAIN_LENGTH, TRAIN_STEPS = 16, 128, 4
 PROMPTS, PROMPT_LENGTH, NEW_TOKENS = 8, 32, 128
+TRAINED = RECIPES["lm-small"].config
+GENERATES = DecoderConfig(
+  vocab_size=256,
+  hidden_size=512,
+  intermediate_size=1280,
+  num_layers=8,
+  num_heads=8,
+  num_kv_heads=8,
+  head_dim=64,
+  max_position_embeddings=512,
+)
+
+# Loads the checkpoint in a folder and returns what one turn runs, and gives as its result.
+Prepare = Callable[[str], Callable[[], np.ndarray]]
 
 
-def in_turns(turns: int, **sides) -> dict[str, float]:
-  """Seconds of each side's fastest turn, after one turn each to warm up."""
-  best = {}
-  for turn in range(turns + 1):
-    for name, run in sides.items():
-      start = time.perf_counter()
-      run()
-      if turn:
-        best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
-  return best
-
-
-def as_transformers(model: Decoder):
-  """The same model in transformers, through a checkpoint directory."""
-  import transformers
-
-  with tempfile.TemporaryDirectory() as folder:
-    path = pathlib.Path(folder) / "model"
-    save_model(model, path)
-    return transformers.AutoModelForCausalLM.from_pretrained(path)
-
-
-def training(turns: int) -> dict:
-  import torch
-
-  model = Decoder(RECIPES["lm-small"].config, rngs=nnx.Rngs(0))
-  theirs = as_transformers(model)
-  vocab = model.config.vocab_size
+def training_tokens() -> np.ndarray:
+  """int32 [batch, seq]."""
   shape = (TRAIN_BATCH, TRAIN_LENGTH)
-  tokens = np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32)
-  graphdef, params = nnx.split(model)
+  return np.random.default_rng(0).integers(0, TRAINED.vocab_size, shape).astype(np.int32)
 
+
+def generation_prompts() -> np.ndarray:
+  """int64 [prompts, seq]."""
+  shape = (PROMPTS, PROMPT_LENGTH)
+  return np.random.default_rng(0).integers(0, GENERATES.vocab_size, shape)
+
+
+def our_training(folder: str) -> Callable[[], np.ndarray]:
+  """A turn of ours: the loss after some steps."""
+  cli.prepare_jax()
+  graphdef, params = nnx.split(load_decoder(folder))
   optimizer = make_optimizer(learning_rate=1e-3, num_steps=10_000, weight_decay=0.1)
   state = init_train_state(params, optimizer, jax.random.key(0))
   step_fn = pretraining_step(graphdef, optimizer)
+  tokens = training_tokens()
   batch = {
     "tokens": tokens,
-    "positions": np.broadcast_to(np.arange(TRAIN_LENGTH, dtype=np.int32), shape),
-    "segment_ids": np.ones(shape, np.int32),
+    "positions": np.broadcast_to(np.arange(TRAIN_LENGTH, dtype=np.int32), tokens.shape),
+    "segment_ids": np.ones(tokens.shape, np.int32),
   }
-  torch_tokens = torch.from_numpy(tokens).long()
-  torch_optimizer = torch.optim.AdamW(
-    theirs.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1
-  )
-  losses = {"ours": [], "theirs": []}
 
-  def ours():
+  def turn():
     nonlocal state
     for _ in range(TRAIN_STEPS):
       state, metrics = step_fn(state, batch)
-    losses["ours"].append(float(metrics["loss"]))
+    return np.asarray(metrics["loss"])
 
-  def torch_steps():
-    for _ in range(TRAIN_STEPS):
-      torch_optimizer.zero_grad()
-      loss = theirs(input_ids=torch_tokens, labels=torch_tokens).loss
-      loss.backward()
-      torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-      torch_optimizer.step()
-    losses["theirs"].append(float(loss.detach()))
-
-  theirs.train()
-  seconds = in_turns(turns, ours=ours, theirs=torch_steps)
-  # Norm gains are decayed by torch's default and the rates differ a little: close, not equal.
-  assert abs(losses["ours"][0] - losses["theirs"][0]) < 0.05, losses
-  rate = {name: TRAIN_STEPS * tokens.size / s for name, s in seconds.items()}
-  return {
-    "tokens_per_second": rate["ours"],
-    "transformers_tokens_per_second": rate["theirs"],
-    "ratio": rate["ours"] / rate["theirs"],
-  }
+  return turn
 
 
-def generation(turns: int) -> dict:
+def their_training(folder: str) -> Callable[[], np.ndarray]:
+  """A turn of theirs: the loss after some steps."""
   import torch
 
-  config = DecoderConfig(
-    vocab_size=256,
-    hidden_size=512,
-    intermediate_size=1280,
-    num_layers=8,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
-    max_position_embeddings=512,
-  )
-  model = Decoder(config, rngs=nnx.Rngs(0))
-  theirs = as_transformers(model).eval()
-  prompts = np.random.default_rng(0).integers(0, 256, (PROMPTS, PROMPT_LENGTH))
-  results = {}
+  model = _transformers_model(folder).train()
+  tokens = torch.from_numpy(training_tokens()).long()
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
-  def ours():
-    results["ours"] = np.array(generate(model, prompts.tolist(), max_new_tokens=NEW_TOKENS))
+  def turn():
+    for _ in range(TRAIN_STEPS):
+      optimizer.zero_grad()
+      loss = model(input_ids=tokens, labels=tokens).loss
+      loss.backward()
+      torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+      optimizer.step()
+    return loss.detach().numpy()
 
-  def transformers_generate():
+  return turn
+
+
+def our_generation(folder: str) -> Callable[[], np.ndarray]:
+  """A turn of ours: the new tokens [prompts, NEW_TOKENS]."""
+  cli.prepare_jax()
+  model, prompts = load_decoder(folder), generation_prompts().tolist()
+  return lambda: np.array(generate(model, prompts, max_new_tokens=NEW_TOKENS))
+
+
+def their_generation(folder: str) -> Callable[[], np.ndarray]:
+  """A turn of theirs: the new tokens [prompts, NEW_TOKENS]."""
+  import torch
+
+  model, prompts = _transformers_model(folder).eval(), torch.from_numpy(generation_prompts())
+
+  def turn():
     with torch.no_grad():
-      out = theirs.generate(
-        torch.from_numpy(prompts),
-        attention_mask=torch.ones(PROMPTS, PROMPT_LENGTH, dtype=torch.long),
+      out = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
         max_new_tokens=NEW_TOKENS,
         min_new_tokens=NEW_TOKENS,
         do_sample=False,
         pad_token_id=0,
         eos_token_id=None,
       )
-    results["theirs"] = out[:, PROMPT_LENGTH:].numpy()
+    return out[:, PROMPT_LENGTH:].numpy()
 
-  seconds = in_turns(turns, ours=ours, theirs=transformers_generate)
-  # Random weights give near ties, after which two correct continuations part.
-  agree = float((results["ours"] == results["theirs"]).mean())
-  assert (results["ours"][:, :8] == results["theirs"][:, :8]).all(), results
-  rate = {name: PROMPTS * NEW_TOKENS / s for name, s in seconds.items()}
-  return {
-    "tokens_per_second": rate["ours"],
-    "transformers_tokens_per_second": rate["theirs"],
-    "ratio": rate["ours"] / rate["theirs"],
-    "tokens_that_agree": agree,
-  }
+  return turn
 
 
-def main(_) -> None:
-  cli.prepare_jax()
+def _transformers_model(folder: str):
   import torch
   import transformers
 
   torch.set_num_threads(len(os.sched_getaffinity(0)))
+  return transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def compare(config: DecoderConfig, ours: Prepare, theirs: Prepare, tokens: int, turns: int):
+  """Runs two sides on one checkpoint, in turns.
+
+  Returns:
+    ({what is reported}, the two results of the turn that warms up).
+  """
+  with tempfile.TemporaryDirectory() as parent:
+    folder = str(pathlib.Path(parent) / "model")
+    save_model(Decoder(config, rngs=nnx.Rngs(0)), folder)
+    sides = [_start(prepare, folder) for prepare in (ours, theirs)]
+    first, seconds = [], [[], []]
+    for turn in range(turns + 1):
+      for connection, times in zip(sides, seconds):
+        connection.send(True)
+        elapsed, result = connection.recv()
+        times.append(elapsed) if turn else first.append(result)
+    for connection in sides:
+      connection.send(False)
+  ours, theirs = (tokens / min(times) for times in seconds)
+  rates = {"tokens_per_second": ours, "transformers_tokens_per_second": theirs}
+  return rates | {"ratio": ours / theirs}, first
+
+
+def _start(prepare: Prepare, folder: str):
+  """A process that runs a turn whenever it is sent True."""
+  context = multiprocessing.get_context("spawn")
+  here, there = context.Pipe()
+  context.Process(target=_serve, args=(there, prepare, folder), daemon=True).start()
+  return here
+
+
+def _serve(connection, prepare: Prepare, folder: str) -> None:
+  turn = prepare(folder)
+  while connection.recv():
+    start = time.perf_counter()
+    result = turn()
+    connection.send((time.perf_counter() - start, result))
+
+
+def training(turns: int) -> dict:
+  tokens = TRAIN_STEPS * TRAIN_BATCH * TRAIN_LENGTH
+  report, losses = compare(TRAINED, our_training, their_training, tokens, turns)
+  # Norm gains are decayed by torch's default and the rates differ a little: close, not equal.
+  assert abs(losses[0] - losses[1]) < 0.05, losses
+  return report
+
+
+def generation(turns: int) -> dict:
+  tokens = PROMPTS * NEW_TOKENS
+  report, (ours, theirs) = compare(GENERATES, our_generation, their_generation, tokens, turns)
+  # Random weights give near ties, after which two correct continuations part.
+  assert (ours[:, :8] == theirs[:, :8]).all(), (ours, theirs)
+  return report | {"tokens_that_agree": float((ours == theirs).mean())}
+
+
+def main(_) -> None:
   result = {
     "training": training(_TURNS.value),
     "generation": generation(_TURNS.value),
     "environment": environment()
-    | {
-      "torch": torch.__version__,
-      "transformers": transformers.__version__,
-      "torch_threads": torch.get_num_threads(),
-    },
+    | {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    | {"torch_threads": len(os.sched_getaffinity(0))},
   }
   pathlib.Path(_OUT.value).write_text(json.dumps(result, indent=1) + "\n")
   print(json.dumps(result, indent=1))

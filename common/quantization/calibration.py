@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from common.errors import UserError
@@ -189,23 +188,18 @@ def check_finite(module: nnx.Module, x: Array | None = None) -> None:
   Raises:
     UserError: the first tensor with a NaN or an infinity is named.
   """
-  named = [
-    (".".join(map(str, path)), leaf)
-    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param))
-  ]
-  for name, value in [*named, *([] if x is None else [("the calibration activations", x)])]:
-    value = np.asarray(value[...], np.float32)
-    if not np.isfinite(value).all():
-      raise UserError(f"{name} has {np.sum(~np.isfinite(value))} values that are NaN or infinite")
+  parameters = nnx.to_flat_state(nnx.state(module, nnx.Param))
+  tensors = [(".".join(map(str, path)), leaf[...]) for path, leaf in parameters]
+  tensors += [] if x is None else [("the calibration activations", x)]
+  for (name, _), finite in zip(tensors, jax.device_get(_all_finite([v for _, v in tensors]))):
+    if not finite:
+      raise UserError(
+        f"{name}: NaN or infinite values, expected finite ones; mend the checkpoint or the "
+        "calibration data"
+      )
 
 
-def token_mask(x: Array, context: AttentionContext) -> Array:
-  """1 for a token and 0 for padding, float32 [samples, seq, 1], of a block's inputs x."""
-  segments = jnp.broadcast_to(context.keys.segment_ids, x.shape[:2])
-  return (segments != 0).astype(jnp.float32)[..., None]
-
-
-def _passes(x: Array, context: AttentionContext) -> tuple[Array, AttentionContext]:
+def passes(x: Array, context: AttentionContext) -> tuple[Array, AttentionContext]:
   """Both cut into passes of a few rows, as many as divide the samples: leaves are [passes, ...]."""
   samples = x.shape[0]
   rows = next(r for r in range(min(ROWS_PER_PASS, samples), 0, -1) if samples % r == 0)
@@ -220,13 +214,20 @@ def _passes(x: Array, context: AttentionContext) -> tuple[Array, AttentionContex
   return cut(x), jax.tree.map(cut_context, context)
 
 
+def token_mask(x: Array, context: AttentionContext) -> Array:
+  """1 for a token and 0 for padding, float32 [samples, seq, 1], of a block's inputs x."""
+  segments = jnp.broadcast_to(context.keys.segment_ids, x.shape[:2])
+  return (segments != 0).astype(jnp.float32)[..., None]
+
+
 _quantize = jax.jit(rtn.quantize, static_argnums=1)
+_all_finite = jax.jit(lambda tensors: [jnp.isfinite(x).all() for x in tensors])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_block(graphdef, state, x, context):
   run = lambda rows: nnx.merge(graphdef, state)(*rows)[0]
-  return jax.lax.map(run, _passes(x, context)).reshape(x.shape)
+  return jax.lax.map(run, passes(x, context)).reshape(x.shape)
 
 
 def _record(graphdef, state, rows, paths):
@@ -238,7 +239,7 @@ def _record(graphdef, state, rows, paths):
 def _block_inputs(graphdef, state, x, context):
   paths = linear_paths(nnx.merge(graphdef, state))
   record = lambda rows: _record(graphdef, state, rows, paths)
-  inputs = jax.lax.map(record, _passes(x, context))
+  inputs = jax.lax.map(record, passes(x, context))
   return {path: v.reshape(*x.shape[:2], -1) for path, v in inputs.items()}
 
 
@@ -254,5 +255,5 @@ def _block_hessians(graphdef, state, x, context, paths):
 
   kernels = get_kernels(nnx.merge(graphdef, state), list(paths))
   zeros = {p: jnp.zeros((k.shape[0],) * 2, jnp.float32) for p, k in kernels.items()}
-  total, _ = jax.lax.scan(add, zeros, _passes(x, context))
+  total, _ = jax.lax.scan(add, zeros, passes(x, context))
   return {path: 2.0 / token_mask(x, context).sum() * value for path, value in total.items()}

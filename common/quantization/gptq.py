@@ -42,6 +42,25 @@ def inverse_cholesky(h: Array, damping: float) -> Array:
   return _triangular_inverse(lower)[::-1, ::-1]
 
 
+@functools.partial(jax.jit, static_argnums=2)
+def stable_damping(h: Array, damping: float, act_order: bool) -> Array:
+  """The first of damping, 10 damping, ... whose Cholesky factor of inv(H) is finite, float32 [].
+
+  Above max(1, damping) there is none. In float32 a Hessian of few samples may need more than 1 %.
+
+  Args:
+    h: float32 [in, in]; inputs that are always 0 are set apart, as `gptq` does.
+    damping: to begin with, as a fraction of the mean diagonal.
+    act_order: factor the rows in the order in which `gptq` will; near the limit it matters.
+  """
+  h = h + jnp.diag((jnp.diag(h) == 0).astype(h.dtype))
+  order = jnp.argsort(-jnp.diag(h), stable=True) if act_order else jnp.arange(len(h))
+  h = h[order][:, order]
+  limit = jnp.maximum(1.0, damping)
+  singular = lambda d: (d <= limit) & ~jnp.isfinite(inverse_cholesky(h, d)).all()
+  return jax.lax.while_loop(singular, lambda d: 10 * d, jnp.float32(damping))
+
+
 def _triangular_inverse(lower: Array) -> Array:
   """The inverse of a lower triangular matrix, from blocks that double in size, [n, n]:
 

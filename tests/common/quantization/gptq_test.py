@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -5,7 +6,7 @@ import pytest
 from common.errors import UserError
 from common.quantization import gptq as module
 from common.quantization import rtn
-from common.quantization.gptq import gptq, hessian, inverse_cholesky
+from common.quantization.gptq import gptq, hessian, inverse_cholesky, stable_damping
 from common.quantization.quantized_array import IntegerFormat
 
 ROWS, COLUMNS = 48, 16
@@ -189,3 +190,15 @@ def test_unsuitable_formats_are_refused():
   for axis in (1, None):
     with pytest.raises(ValueError, match="grouped along the input"):
       gptq(w, h, IntegerFormat(4, 16, axis))
+
+
+def test_damping_is_raised_until_the_factor_is_finite():
+  h = hessian(jax.random.normal(jax.random.key(0), (200, 32)))
+  assert float(stable_damping(h, 0.01, True)) == pytest.approx(0.01)
+  # One sample: rank 1, which float32 cannot factor without damping.
+  one = hessian(jax.random.normal(jax.random.key(0), (1, 32)) * 1e3)
+  raised = float(stable_damping(one, 1e-9, True))
+  assert 1e-9 < raised < 1e-2
+  w = jax.random.normal(jax.random.key(1), (32, 8))
+  assert np.isfinite(gptq(w, one, IntegerFormat(3, 16), damping=raised).dequantize()).all()
+  assert float(stable_damping(jnp.full((32, 32), jnp.nan), 0.01, True)) > 1

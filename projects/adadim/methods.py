@@ -1,0 +1,168 @@
+"""What is compared, and on what: quantization modes, model variants, calibration and evaluation."""
+
+import dataclasses
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from common.data.pipelines import calibration_samples, token_windows
+from common.errors import UserError
+from common.evaluation.perplexity import WindowLosses, window_losses
+from common.models.base import BaseModel
+from common.models.decoder import Decoder
+from common.models.outliers import inject_outliers
+from common.quantization.calibration import quantize_model
+from common.quantization.equivalent import fold_scale, scaling_groups
+from common.quantization.linear import get_kernels, set_kernels
+from common.quantization.quantized_array import IntegerFormat
+from projects.adadim.adadim import AdaDimSettings, quantize_weights
+
+Array = jax.Array
+
+
+class Quantized(NamedTuple):
+  """A quantized model as the experiment uses it.
+
+  Attributes:
+    model: its linears hold the dequantized weights, so that models compile alike whatever their
+      axes.
+    per_ic: share of its linears that are per-IC.
+    bits_per_weight: stored bits, scales and zero points included.
+    errors: of the adaptive choice, per block {path: [2]}.
+    seconds: to quantize it; with compilation where it was the first of its kind.
+  """
+
+  model: Decoder
+  per_ic: float
+  bits_per_weight: float
+  errors: list[dict[str, np.ndarray]]
+  seconds: float
+
+
+def methods(config: ConfigDict, bits: int, group_size: int) -> dict[str, AdaDimSettings]:
+  """The modes of the main table; scales are stored, and evaluated, in float16."""
+  rtn = AdaDimSettings(
+    IntegerFormat(bits, group_size, scale_dtype=jnp.float16),
+    reference=config.reference,
+    damping=config.damping,
+  )
+  gptq = dataclasses.replace(rtn, algorithm="gptq")
+  change = dataclasses.replace
+  return {
+    "RTN-OC": change(rtn, axis="per_oc"),
+    "RTN-IC": change(rtn, axis="per_ic"),
+    "RTN-heuristic": change(rtn, axis="heuristic"),
+    "RTN-ada": rtn,
+    "GPTQ-OC": change(gptq, axis="per_oc", act_order=False),
+    "GPTQ-OC static reorder": change(gptq, axis="per_oc"),
+    "GPTQ-IC": change(gptq, axis="per_ic"),
+    "GPTQ-ada": gptq,
+  }
+
+
+def quantize_dequantized(model: Decoder, tokens: Array, settings: AdaDimSettings) -> Quantized:
+  """Quantizes a model. tokens: calibration samples, int32 [samples, seq]."""
+  packed, errors = [], []
+
+  def quantize_block(index, block, x, context):
+    weights, block_errors = quantize_weights(block, x, context, settings)
+    packed.extend(weights.values())
+    if block_errors is not None:
+      errors.append(block_errors)
+    block = nnx.clone(block)
+    set_kernels(block, {path: _dequantize(w) for path, w in weights.items()})
+    return block
+
+  start = time.perf_counter()
+  quantized = quantize_model(model, tokens, quantize_block, stream=settings.stream)
+  quantized, errors = jax.block_until_ready((quantized, errors))
+  seconds = time.perf_counter() - start
+  size = lambda w: w.shape[0] * w.shape[1]
+  return Quantized(
+    quantized,
+    float(np.mean([w.format.axis for w in packed])),
+    sum(size(w) * w.bits_per_weight() for w in packed) / sum(map(size, packed)),
+    jax.device_get(errors),
+    seconds,
+  )
+
+
+def variant(config: ConfigDict, name: str, model: Decoder, seed: int) -> Decoder:
+  """The model, or one that computes the same with outlier activations.
+
+  Raises:
+    UserError: no such variant.
+  """
+  outliers = {"fraction": config.outlier_fraction, "gain": config.outlier_gain}
+  if name == "natural":
+    return model
+  if name == "norm_outliers":
+    return inject_outliers(model, jax.random.key(seed), **outliers)
+  if name == "down_outliers":
+    return inject_down_outliers(model, jax.random.key(seed), **outliers)
+  supported = "natural, norm_outliers, down_outliers"
+  raise UserError(f"variant {name!r} is not supported; supported: {supported}")
+
+
+def inject_down_outliers(model: Decoder, key: Array, *, fraction: float, gain: float) -> Decoder:
+  """A copy of the model with outlier channels before every down_proj, with the same outputs.
+
+  Columns of up_proj are multiplied by `gain`, and rows of down_proj divided by it.
+
+  Args:
+    model: not modified.
+    key: picks the channels of every block.
+    fraction: of the channels (at least one).
+    gain: of the chosen activations.
+  """
+  model = nnx.clone(model)
+  group = scaling_groups(model.config)[-1]
+  width = model.config.intermediate_size
+  for block, use in zip(model.blocks, jax.random.split(key, len(model.blocks))):
+    chosen = jax.random.permutation(use, width)[: max(1, round(fraction * width))]
+    # `fold_scale` divides what comes before down_proj by the scale and multiplies its rows.
+    fold_scale(block, group, jnp.ones(width).at[chosen].set(1.0 / gain))
+  return model
+
+
+def load_evaluation(config: ConfigDict, base: BaseModel) -> dict[str, np.ndarray]:
+  """Windows of every domain, {domain: int32 [windows, seq]}."""
+  windows = {}
+  for domain in dict.fromkeys((*config.domains, *config.task_domains)):
+    all_windows = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length)
+    # Evenly spaced over the split, so that a few windows still come from many documents.
+    count = len(all_windows.tokens)
+    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
+    windows[domain] = all_windows.tokens[kept]
+  return windows
+
+
+def losses(model: Decoder, windows: dict[str, np.ndarray], domains) -> WindowLosses:
+  """Losses on several domains together."""
+  return window_losses(model, np.concatenate([windows[domain] for domain in domains]))
+
+
+def calibration(config: ConfigDict, base: BaseModel, source: str, seed: int) -> Array:
+  """A draw of calibration samples, int32 [samples, seq]."""
+  samples = calibration_samples(
+    source,
+    base.tokenizer,
+    num_samples=config.calibration_samples,
+    seq_len=config.calibration_length,
+    seed=seed,
+    max_document_tokens=config.max_document_tokens or None,
+  )
+  return jnp.asarray(samples)
+
+
+def num_weights(model: Decoder) -> int:
+  """Number of weights in the linears of all blocks."""
+  return sum(w.size for block in model.blocks for w in get_kernels(block).values())
+
+
+_dequantize = jax.jit(lambda weight: weight.dequantize())

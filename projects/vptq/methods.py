@@ -1,0 +1,229 @@
+"""What is compared, and on what: the methods, the calibration draws and the evaluation text."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from common.data.pipelines import calibration_samples, token_windows
+from common.models.base import BaseModel
+from common.models.decoder import Decoder
+from common.quantization.calibration import gptq_block, quantize_model, rtn_block
+from common.quantization.linear import bits_per_weight, get_kernels, quantized_weights, set_kernels
+from common.quantization.quantized_array import IntegerFormat
+from projects.vptq.blocks import (
+  dense,
+  finetune_blocks,
+  quantize_with_hessians,
+)
+from projects.vptq.finetune import Finetuning, finetune_model
+from projects.vptq.gptvq import gptvq
+from projects.vptq.linear import mean_bits
+from projects.vptq.vptq import VPTQSettings, proxy_error
+
+Array = jax.Array
+Hessians = list[dict[str, Array]]
+
+
+class Quantized(NamedTuple):
+  """One method's result.
+
+  Attributes:
+    name: the method's.
+    model: with dense kernels, which one compiled program evaluates.
+    packed: the same with packed indices, or None.
+    index_bits: bits of the codes alone, per weight.
+    bits: of everything that is stored, per weight.
+    proxy_errors: {path of the linear: tr(dW^T H dW) / tr(W^T H W)}; None where the weights were
+      made for other inputs.
+  """
+
+  name: str
+  model: Decoder
+  packed: Decoder | None
+  index_bits: float
+  bits: float
+  proxy_errors: dict[str, float] | None
+
+
+def settings(config: ConfigDict, **changes) -> VPTQSettings:
+  """The config's method, with changes."""
+  names = (
+    "vector_length",
+    "num_centroids",
+    "num_groups",
+    "permute",
+    "normalize",
+    "damping",
+    "kmeans_iterations",
+  )
+  return VPTQSettings(**{name: config[name] for name in names} | changes)
+
+
+def residual_settings(config: ConfigDict) -> VPTQSettings:
+  v, k, k_residual = config.residual
+  return settings(config, vector_length=v, num_centroids=k, num_residual_centroids=k_residual)
+
+
+def outlier_settings(config: ConfigDict, fraction: float) -> VPTQSettings:
+  _, v, k = config.outliers
+  return settings(
+    config, outlier_fraction=fraction, outlier_vector_length=v, num_outlier_centroids=k
+  )
+
+
+def evaluation_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
+  """Windows of every domain's test split, evenly spaced over it, int32 [windows, seq]."""
+  chosen = []
+  for domain in config.domains:
+    windows = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length).tokens
+    count = len(windows)
+    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
+    chosen.append(windows[kept])
+  return np.concatenate(chosen)
+
+
+def calibration(config: ConfigDict, base: BaseModel, seed: int) -> Array:
+  """A draw from all domains together, int32 [samples, seq]."""
+  return jnp.asarray(
+    calibration_samples(
+      ",".join(config.domains),
+      base.tokenizer,
+      num_samples=config.calibration_samples,
+      seq_len=config.calibration_length,
+      seed=seed,
+    )
+  )
+
+
+def quantize_vptq(
+  name: str, model: Decoder, hessians: Hessians, method: VPTQSettings, key: Array
+) -> Quantized:
+  packed, errors = quantize_with_hessians(model, hessians, method, key)
+  proxies = {path: float(e.residual) for path, e in errors.items()}
+  return Quantized(name, dense(packed, model), packed, *mean_bits(packed), proxies)
+
+
+def quantize_gptvq(
+  model: Decoder, hessians: Hessians, method: VPTQSettings, key: Array
+) -> Quantized:
+  """Bits are VPTQ's with the same settings: as many indices, one codebook."""
+  result, proxies = nnx.clone(model), {}
+  bits = []
+  for i, block in enumerate(model.blocks):
+    kernels = get_kernels(block)
+    keys = jax.random.split(jax.random.fold_in(key, i), len(kernels))
+    new = {}
+    for (path, w), use in zip(kernels.items(), keys):
+      method.check(w.shape, path)
+      new[path], error = gptvq(w, hessians[i][path], use, method)
+      proxies[f"blocks.{i}.{path}"] = float(error)
+      rows, v = w.shape[0], method.vector_length
+      index = -(-rows // v) * np.log2(method.num_centroids) / rows
+      values = method.num_centroids * v + (2 * rows if method.normalize else 0)
+      bits.append((w.size, index, index + 16 * values / w.size))
+    set_kernels(result.blocks[i], new)
+  sizes, index, stored = np.array(bits).T
+  mean = lambda b: float((b * sizes).sum() / sizes.sum())
+  return Quantized("GPTVQ-like", result, None, mean(index), mean(stored), proxies)
+
+
+def integer_baselines(
+  config: ConfigDict, model: Decoder, tokens: Array, hessians: Hessians
+) -> Iterator[tuple[str, Callable[[], Quantized]]]:
+  """RTN and GPTQ; GPTQ calibrates on the quantized stream, as its authors do."""
+  format = IntegerFormat(config.bits, config.group_size, scale_dtype=jnp.float16)
+
+  def finished(name: str, packed: Decoder) -> Quantized:
+    result, proxies = nnx.clone(model), {}
+    for i, block in enumerate(packed.blocks):
+      new = {path: weight.dequantize() for path, weight in quantized_weights(block).items()}
+      for path, w in get_kernels(model.blocks[i]).items():
+        proxies[f"blocks.{i}.{path}"] = float(proxy_error(w, new[path], hessians[i][path]))
+      set_kernels(result.blocks[i], new)
+    bits = bits_per_weight(packed.blocks)
+    return Quantized(name, result, None, config.bits, bits, proxies)
+
+  def rtn() -> Quantized:
+    packed = nnx.clone(model)
+    packed.blocks = nnx.List([rtn_block(block, format) for block in model.blocks])
+    return finished("RTN", packed)
+
+  def gptq() -> Quantized:
+    block = lambda i, block, x, context: gptq_block(block, x, context, format)
+    return finished("GPTQ", quantize_model(model, tokens, block, stream="quantized"))
+
+  yield "RTN", rtn
+  yield "GPTQ", gptq
+
+
+def main_methods(
+  config: ConfigDict, model: Decoder, tokens: Array, hessians: Hessians, key: Array
+) -> Iterator[tuple[str, Callable[[], Quantized]]]:
+  """(name, how to make it) of the main table for one seed, in order.
+
+  All vector quantizers with the same vectors start their k-means from the same draw.
+  """
+  main = settings(config)
+  yield from integer_baselines(config, model, tokens, hessians)
+  made = {}
+
+  def vptq(name: str, method: VPTQSettings):
+    def make() -> Quantized:
+      result = quantize_vptq(name, model, hessians, method, key)
+      made[name] = result.packed  # Not the dense model, which may be large.
+      return result
+
+    return name, make
+
+  yield "GPTVQ-like", lambda: quantize_gptvq(model, hessians, main, key)
+  yield vptq("k-means", settings(config, feedback=False, hessian_weighted=False))
+  yield vptq("weighted k-means", settings(config, feedback=False))
+  yield vptq("VPTQ", main)
+  yield vptq("VPTQ, residual", residual_settings(config))
+  if config.outliers:
+    yield vptq("VPTQ, outliers", outlier_settings(config, config.outliers[0]))
+
+  def tuned(name: str, packed: Decoder) -> Quantized:
+    made[name] = packed
+    return Quantized(name, dense(packed, model), packed, *mean_bits(packed), None)
+
+  layer_name, model_name = "VPTQ, layer-wise tuned", "VPTQ, tuned end to end"
+  yield (
+    layer_name,
+    lambda: tuned(
+      layer_name,
+      finetune_blocks(made["VPTQ"], model, tokens, key, Finetuning(*config.layer_finetuning)),
+    ),
+  )
+  yield (
+    model_name,
+    lambda: tuned(
+      model_name,
+      finetune_model(
+        made[layer_name], model, tokens, key, Finetuning(*config.end_to_end_finetuning)
+      )[0],
+    ),
+  )
+
+
+def ablations(config: ConfigDict) -> Iterator[tuple[str, str, VPTQSettings]]:
+  """(table, row, settings) of the ablations beyond the main table."""
+  for v, k in config.vector_lengths:
+    yield "length", f"v={v}, k={k}", settings(config, vector_length=v, num_centroids=k)
+  for fraction in config.outlier_fractions:
+    yield "outliers", f"{fraction:.0%} outliers", outlier_settings(config, fraction)
+  for groups in config.group_numbers:
+    yield "groups", f"{groups} groups", settings(config, num_groups=groups)
+  yield "switches", "without permutation", settings(config, permute=False)
+  yield "switches", "feedback, unweighted k-means", settings(config, hessian_weighted=False)
+  yield "switches", "normalised", settings(config, normalize=True)
+  yield (
+    "switches",
+    "normalised, H not scaled (published code)",
+    settings(config, normalize=True, norm_hessian=False),
+  )

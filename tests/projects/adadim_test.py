@@ -1,0 +1,347 @@
+"""AdaDim: vectors of the official code, the card's invariants, bad input, and the tiny run."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from common.errors import UserError
+from common.models.outliers import inject_outliers
+from common.quantization import rtn
+from common.quantization.calibration import block_inputs, quantize_blocks
+from common.quantization.gptq import gptq, hessian
+from common.quantization.linear import get_kernels, quantized_weights
+from common.quantization.quantized_array import IntegerFormat
+from projects.adadim import adadim, config, experiment, methods, sensitivity, tasks
+from projects.adadim.adadim import PER_IC, PER_OC, AdaDimSettings, along
+from projects.adadim.gptq_per_ic import gptq_per_ic
+from tests.common.models.small_decoders import (
+  ARCHITECTURES,
+  logits,
+  random_decoder,
+  random_tokens,
+)
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "adadim" / "rtn_and_gptq_axes.npz"
+FORMAT = IntegerFormat(3, 16, scale_dtype=jnp.float16)
+IC3 = IntegerFormat(3, 16, PER_IC)
+fake_quantize = jax.jit(rtn.fake_quantize, static_argnums=1)
+quantize = jax.jit(rtn.quantize, static_argnums=1)
+axis_candidates = jax.jit(adadim.axis_candidates, static_argnums=1)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return random_decoder(ARCHITECTURES["llama"])
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+  return jnp.asarray(random_tokens(model.config, 4, 16))
+
+
+@pytest.fixture(scope="module")
+def stem(model, tokens):
+  """The first block's inputs and context."""
+  return model.stem(tokens)
+
+
+@pytest.fixture(scope="module")
+def layer():
+  """Weights [in, out] and their Hessian, with the shapes of the golden vectors."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(200, 32)) @ rng.normal(size=(32, 32))
+  return jnp.asarray(rng.normal(size=(32, 64)), jnp.float32), hessian(jnp.asarray(x))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_quantizers_of_the_official_code(bits):
+  with np.load(GOLDEN) as golden:
+    w, h = jnp.asarray(golden["weight"]).T, jnp.asarray(golden["H"])
+    rounded = axis_candidates(w, IntegerFormat(bits, 16))
+    for axis in (PER_OC, PER_IC):
+      np.testing.assert_array_equal(rounded[axis].T, golden[f"rtn_b{bits}_ic{axis}"])
+    # Values below 1 in another order of float32 operations.
+    oc = gptq(w, h, IntegerFormat(bits, 16, PER_OC), act_order=True)
+    np.testing.assert_allclose(oc.dequantize().T, golden[f"gptq_oc_b{bits}"], atol=2e-6)
+    ic = gptq_per_ic(w, h, IntegerFormat(bits, 16, PER_IC))
+    np.testing.assert_allclose(ic.dequantize().T, golden[f"gptq_ic_b{bits}"], atol=2e-6)
+
+
+def test_per_ic_is_per_oc_of_the_transpose(layer):
+  w, _ = layer
+  oc, ic = axis_candidates(w, FORMAT)[PER_OC], axis_candidates(w.T, FORMAT)[PER_IC]
+  np.testing.assert_array_equal(ic.T, oc)
+  packed = [quantize(w, along(FORMAT, axis)) for axis in (PER_OC, PER_IC)]
+  assert packed[0].scales.shape == (2, 64) and packed[1].scales.shape == (32, 4)
+  assert packed[0].scales.size == packed[1].scales.size
+  assert packed[0].bits_per_weight() == packed[1].bits_per_weight()
+
+
+def test_an_outlier_channel_is_alone_in_its_groups(layer):
+  w, _ = layer
+  before = axis_candidates(w, FORMAT)
+  after = axis_candidates(w.at[5].multiply(1000.0), FORMAT)
+  others = np.arange(32) != 5
+  np.testing.assert_array_equal(after[PER_IC][others], before[PER_IC][others])
+  assert (after[PER_OC][:16][others[:16]] != before[PER_OC][:16][others[:16]]).mean() > 0.5
+
+
+def replaced(block, kernels):
+  """A copy of the block with some kernels."""
+  block = nnx.clone(block)
+  for path, kernel in kernels.items():
+    adadim.get_module(block, path).kernel[...] = kernel
+  return block
+
+
+@pytest.mark.parametrize("reference", ["fp", "code"])
+def test_axis_errors_by_brute_force(reference, model, stem):
+  """Of the whole attention for q, k, v, of the MLP for gate and up; and the chosen axes."""
+  block, (x, context) = model.blocks[0], stem
+  inputs, kernels = block_inputs(block, x, context), get_kernels(block)
+  errors = adadim.axis_errors(block, x, context, FORMAT, reference=reference)
+  axes = adadim.choose_axes(errors)
+  siblings = {}
+
+  def output(changed, path):
+    name = adadim.INSPECTED_MODULE.get(path, path)
+    module = adadim.get_module(replaced(block, changed), name)
+    y = module(inputs[path], context)[0] if name == "attention" else module(inputs[path])
+    return np.asarray(y, np.float64)
+
+  assert set(errors) == set(kernels)
+  for path in adadim.module_order(kernels):
+    target, expected = output(siblings, path), []
+    for axis in (PER_OC, PER_IC):
+      candidate = fake_quantize(kernels[path], along(FORMAT, axis))
+      new = output(siblings | {path: candidate}, path)
+      expected.append(np.mean((new - target) ** 2))
+    # Float32 sums in another order; a weight on a tie may take the other of two codes.
+    np.testing.assert_allclose(errors[path], expected, rtol=2e-3, err_msg=path)
+    assert axes[path] == int(expected[1] < expected[0])
+    if reference == "code":
+      siblings[path] = fake_quantize(kernels[path], along(FORMAT, axes[path]))
+  assert len(set(axes.values())) == 2  # The test sees either outcome.
+
+
+def test_equal_errors_choose_per_oc():
+  errors = {"a": np.array([1.0, 1.0]), "b": np.array([1.0, 0.9]), "c": np.array([0.9, 1.0])}
+  assert adadim.choose_axes(errors) == {"a": PER_OC, "b": PER_IC, "c": PER_OC}
+
+
+def test_padding_does_not_count(model, tokens):
+  """Samples with padding behind: its tokens change nothing, nor does it dilute the mean."""
+  segments = jnp.ones_like(tokens).at[:, 12:].set(0)
+  errors = [
+    adadim.axis_errors(
+      model.blocks[0], *model.stem(tokens.at[:, 12:].set(padding), segments), FORMAT
+    )
+    for padding in (3, 7)
+  ]
+  x, context = model.stem(tokens, segments)
+  features = np.asarray(block_inputs(model.blocks[0], x, context)["mlp.down_proj"])[:, :12]
+  kernel = model.blocks[0].mlp.down_proj.kernel[...]
+  for axis in (PER_OC, PER_IC):
+    change = np.asarray(fake_quantize(kernel, along(FORMAT, axis)) - kernel)
+    expected = np.mean((features @ change) ** 2)
+    np.testing.assert_allclose(errors[0]["mlp.down_proj"][axis], expected, rtol=1e-3)
+  for path in errors[0]:
+    np.testing.assert_allclose(errors[0][path], errors[1][path], rtol=1e-5, err_msg=path)
+
+
+def test_outlier_channels_choose_per_ic(model, tokens, stem):
+  outliers = inject_outliers(model, jax.random.key(0), fraction=0.06, gain=50.0)
+  x, context = outliers.stem(tokens)
+  errors = adadim.axis_errors(outliers.blocks[0], x, context, FORMAT)
+  plain = adadim.axis_errors(model.blocks[0], *stem, FORMAT)
+  for path in adadim.INSPECTED_MODULE:
+    assert errors[path][PER_IC] < 0.5 * errors[path][PER_OC], path
+    assert errors[path][PER_IC] / errors[path][PER_OC] < plain[path][PER_IC] / plain[path][PER_OC]
+
+
+def test_fixed_axes(model):
+  paths = adadim.module_order(get_kernels(model.blocks[0]))
+  assert len(paths) == 7
+  for axis, expected in {
+    "per_oc": [0, 0, 0, 0, 0, 0, 0],
+    "per_ic": [1, 1, 1, 1, 1, 1, 1],
+    "heuristic": [1, 1, 1, 0, 0, 0, 1],
+  }.items():
+    axes = adadim.fixed_axes(model.blocks[0], axis)
+    assert [axes[p] for p in paths] == expected
+
+
+def gptq_oracle(w, h, bits, group_size, damping):
+  """Per-IC GPTQ by its definition in float64: the inverse Hessian of the rows that are left."""
+  w, h = np.array(w, np.float64), np.array(h, np.float64)
+  h += damping * np.diag(h).mean() * np.eye(len(h))
+  order, result = np.argsort(-np.diag(h), kind="stable"), np.zeros_like(w)
+  for k, i in enumerate(order):
+    grouped = w[i].reshape(-1, group_size)
+    low, high = grouped.min(axis=1, keepdims=True), grouped.max(axis=1, keepdims=True)
+    scale = np.maximum(high - low, 1e-5) / (2**bits - 1)
+    zero = np.clip(-np.round(low / scale), 0, 2**bits - 1)
+    codes = np.clip(np.round(grouped / scale) + zero, 0, 2**bits - 1)
+    result[i] = ((codes - zero) * scale).reshape(-1)
+    left = order[k:]
+    inverse = np.linalg.inv(h[np.ix_(left, left)])
+    w[left] -= np.outer(inverse[:, 0] / inverse[0, 0], w[i] - result[i])
+  return result
+
+
+def test_per_ic_gptq_against_its_definition(layer):
+  w, h = layer
+  expected = gptq_oracle(w, h, 3, 16, 0.01)
+  for block_size in (12, 128):  # 12 does not divide the 32 rows.
+    found = gptq_per_ic(w, h, IC3, block_size=block_size).dequantize()
+    # Float32 against float64: a code near a tie may differ, and what follows it in its column.
+    assert (np.abs(found - expected) < 1e-3).mean() > 0.98
+
+
+@pytest.mark.parametrize("axis, solve", [(PER_OC, gptq), (PER_IC, gptq_per_ic)])
+def test_gptq_of_an_identity_hessian_is_rounding(axis, solve, layer):
+  w, _ = layer
+  # Groups of 16 normal weights contain 0, so that GPTQ's per-OC range is RTN's.
+  format = IntegerFormat(3, 16, axis)
+  found = solve(w, jnp.eye(32), format, act_order=False)
+  np.testing.assert_allclose(found.dequantize(), fake_quantize(w, format), atol=1e-6)
+
+
+def test_per_ic_gptq_does_not_depend_on_the_order_of_channels(layer):
+  w, h = layer
+  shuffle = np.random.default_rng(1).permutation(32)
+  expected = gptq_per_ic(w, h, IC3).dequantize()
+  found = gptq_per_ic(w[shuffle], h[shuffle][:, shuffle], IC3).dequantize()
+  np.testing.assert_allclose(found, expected[shuffle], atol=1e-5)
+
+
+@pytest.mark.parametrize("axis, solve", [(PER_OC, gptq), (PER_IC, gptq_per_ic)])
+def test_gptq_has_lower_output_error_than_rounding(axis, solve):
+  """In the mean over draws of inputs, of the same shapes."""
+  format, errors = IntegerFormat(3, 16, axis), []
+  for seed in range(8):
+    rng = np.random.default_rng(seed)
+    h = hessian(jnp.asarray(rng.normal(size=(200, 32)) @ rng.normal(size=(32, 32))))
+    w = jnp.asarray(rng.normal(size=(32, 64)), jnp.float32)
+    for quantized in (solve(w, h, format, act_order=False).dequantize(), fake_quantize(w, format)):
+      errors.append(float(adadim.output_error(quantized - w, h)))
+  gptq_errors, rtn_errors = np.array(errors).reshape(8, 2).T
+  assert gptq_errors.mean() < 0.8 * rtn_errors.mean()
+
+
+def test_dead_channels_are_zero(layer):
+  w, h = layer
+  dead = h.at[3].set(0.0).at[:, 3].set(0.0)
+  quantized = gptq_per_ic(w, dead, IC3).dequantize()
+  assert np.isfinite(quantized).all() and not quantized[3].any()
+
+
+def test_streamed_blocks_are_those_of_the_model(model, tokens):
+  """`quantize_block` one block at a time; packed weights of both axes; the same as dequantized."""
+  settings = AdaDimSettings(FORMAT, algorithm="gptq")
+  step = lambda i, block, x, context: adadim.quantize_block(block, x, context, settings)
+  blocks = quantize_blocks(model, iter(model.blocks), tokens, step, stream=settings.stream)
+  streamed = nnx.clone(model)
+  streamed.blocks = nnx.List(list(blocks))
+  reference = methods.quantize_dequantized(model, tokens, settings)
+  assert {w.format.axis for w in quantized_weights(streamed).values()} == {PER_OC, PER_IC}
+  for path, weight in quantized_weights(streamed).items():
+    kernel = adadim.get_module(reference.model, path).kernel[...]
+    np.testing.assert_array_equal(weight.dequantize(), kernel, err_msg=path)
+  expected = logits(reference.model, tokens)
+  np.testing.assert_allclose(logits(streamed, tokens), expected, atol=1e-4)
+  assert reference.bits_per_weight == pytest.approx(3 + 19 / 16)
+
+
+def test_down_outliers_keep_the_function(model, tokens, stem):
+  outliers = methods.inject_down_outliers(model, jax.random.key(0), fraction=0.05, gain=30.0)
+  expected = logits(model, tokens)
+  np.testing.assert_allclose(
+    logits(outliers, tokens), expected, atol=1e-4 * float(abs(expected).max())
+  )
+  before = block_inputs(model.blocks[0], *stem)["mlp.down_proj"]
+  after = block_inputs(outliers.blocks[0], *stem)["mlp.down_proj"]
+  ratio = np.median(np.abs(after) / np.abs(before), axis=(0, 1))
+  np.testing.assert_allclose(np.sort(ratio)[-4:], [1, 30, 30, 30], rtol=1e-4)
+
+
+def test_sensitivity_against_gradients(model, tokens):
+  found = sensitivity.block_sensitivity(model, tokens[:2], 1)["mlp.down_proj"]
+  graphdef, state = nnx.split(model)
+  kernel = model.blocks[1].mlp.down_proj.kernel[...]
+
+  @jax.jit
+  def gradient(row):
+    def loss(kernel):
+      changed = nnx.merge(graphdef, state)
+      changed.blocks[1].mlp.down_proj.kernel = nnx.Param(kernel)
+      log_probs = jax.nn.log_softmax(changed(row[None])[0][0, :-1])
+      return -jnp.take_along_axis(log_probs, row[1:, None], axis=1).sum()
+
+    return jax.grad(loss)(kernel)
+
+  gradients = np.stack([gradient(row) for row in tokens[:2]])
+  saliency, fisher = np.abs(gradients * kernel).mean(axis=0), (gradients**2).mean(axis=0)
+  np.testing.assert_allclose(found.saliency_in, saliency.sum(axis=1), rtol=1e-3)
+  np.testing.assert_allclose(found.saliency_out, saliency.sum(axis=0), rtol=1e-3)
+  np.testing.assert_allclose(found.fisher_in, fisher.sum(axis=1), rtol=1e-3)
+  np.testing.assert_allclose(found.fisher_out, fisher.sum(axis=0), rtol=1e-3)
+  assert found.activation.shape == (64,)
+  assert float(sensitivity.top_share(jnp.array([1.0, 6.0, 2.0, 1.0]), 0.25)) == pytest.approx(0.6)
+
+
+def test_bad_input_is_named(model, tokens, stem):
+  block, (x, context) = model.blocks[0], stem
+  settings = AdaDimSettings(FORMAT)
+  broken = replaced(block, {"mlp.up_proj": jnp.full((32, 64), jnp.nan)})
+  with pytest.raises(
+    UserError, match="^mlp.up_proj.kernel: NaN or infinite values, expected finite"
+  ):
+    adadim.quantize_block(broken, x, context, settings)
+  with pytest.raises(UserError, match="the calibration activations: NaN or infinite"):
+    adadim.quantize_block(block, x.at[0, 0, 0].set(jnp.inf), context, settings)
+  with pytest.raises(UserError, match="axis='ada' is not supported; supported: adaptive, heur"):
+    AdaDimSettings(FORMAT, axis="ada")
+  with pytest.raises(UserError, match="reference='x' is not supported; supported: fp, code"):
+    AdaDimSettings(FORMAT, reference="x")
+  with pytest.raises(ValueError, match="axis 1"):
+    gptq_per_ic(jnp.ones((32, 64)), jnp.eye(32), IntegerFormat(3, 16, 0))
+  # Grouped-query attention: k and v have 16 outputs.
+  grouped = random_decoder(ARCHITECTURES["qwen2, grouped-query"])
+  wide = dataclasses.replace(FORMAT, group_size=32)
+  with pytest.raises(UserError, match="k_proj: group_size=32 does not divide the output dimension"):
+    adadim.quantize(grouped, tokens, AdaDimSettings(wide))
+  adadim.check_sizes(grouped, AdaDimSettings(wide, axis="per_oc"))
+
+
+def test_bad_configs_are_refused_before_any_work(tmp_path, monkeypatch):
+  def refused(message, **changes):
+    settings = config.get_config("tiny")
+    settings.update(changes)
+    with pytest.raises(UserError, match=message):
+      experiment.run(settings, tmp_path)
+
+  refused("--config.allow_execution=True", tasks=("humaneval",))
+  refused("group_size=48 does not divide", group_size=48)
+  refused("sensitivity_block=2: expected 0 to 1", sensitivity_block=2)
+  monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+  refused("'mmlu' is none of piqa, gsm8k, humaneval and needs", tasks=("mmlu",))
+  with pytest.raises(UserError, match="variant 'x' is not supported; supported: natural"):
+    methods.variant(config.get_config("tiny"), "x", None, 0)
+
+
+def test_tiny_run(tmp_path):
+  report = experiment.run(config.get_config("tiny"), tmp_path)
+  assert len(report.claims) == 4
+  for figure in report.figures:
+    assert (tmp_path / figure.path).stat().st_size > 0
+  rows = {row[0]: row for row in report.tables[0].rows}
+  assert len(rows) == 9 and all(np.isfinite(row[1]) for row in rows.values())
+  assert rows["RTN-ada"][6] == pytest.approx(3 + 19 / 32)
+  assert (rows["RTN-OC"][5], rows["RTN-IC"][5]) == (0, 1)
+  assert rows["RTN-heuristic"][5] == pytest.approx(4 / 7)
