@@ -71,7 +71,7 @@ class ConvNorm(nnx.Module):
       out_channels,
       (size, size),
       stride,
-      padding=[(size // 2, size // 2)] * 2,
+      padding=((size // 2, size // 2),) * 2,  # Hashable: part of a graph definition.
       use_bias=False,
       kernel_init=_he_normal,
       rngs=rngs,
