@@ -5,7 +5,7 @@ and the calibration activations, however deep the model. 4-bit results are in Au
 
   --model=DIR           full-precision checkpoint (config.json, safetensors, tokenizer.json)
   --out=DIR             directory to create; it appears only when complete
-  --method=awq          awq, gptq or rtn
+  --method=awq          awq, gptq, flexround or rtn
   --bits=4              2, 3, 4 or 8
   --group_size=128      weights along the input that share a scale; -1 for all
   --calibration=SOURCE  calibration text (default: embedded:prose; see common/data/sources.py)
@@ -13,6 +13,8 @@ and the calibration activations, however deep the model. 4-bit results are in Au
   --seq_len=512         tokens in each
   --seed=42             of the calibration draw
   --search=FILE         AWQ's search result: read if the file exists, else searched and written
+  --steps=5000          FlexRound's per block
+  --learning_rate=3e-3  FlexRound's
   --overwrite           replace --out if it exists
 """
 
@@ -25,7 +27,7 @@ from common.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "full-precision checkpoint", required=True)
 _OUT = flags.DEFINE_string("out", None, "directory to create", required=True)
-_METHOD = flags.DEFINE_enum("method", "awq", ["awq", "gptq", "rtn"], "method")
+_METHOD = flags.DEFINE_enum("method", "awq", ["awq", "gptq", "flexround", "rtn"], "method")
 _BITS = flags.DEFINE_integer("bits", 4, "2, 3, 4 or 8")
 _GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "weights that share a scale")
 _CALIBRATION = flags.DEFINE_string("calibration", "embedded:prose", "calibration text")
@@ -33,6 +35,8 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 128, "calibration sequences",
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens in each sequence", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 42, "of the calibration draw")
 _SEARCH = flags.DEFINE_string("search", None, "AWQ's search result")
+_STEPS = flags.DEFINE_integer("steps", 5000, "FlexRound's per block", lower_bound=1)
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "FlexRound's")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace --out")
 
 
@@ -65,6 +69,24 @@ def awq(config, format):
   return block, finish
 
 
+def flexround(format):
+  """FlexRound's `quantize_block`, as the official scripts quantize a 4-bit Llama-2-7B."""
+  import functools
+
+  import jax
+
+  from common.quantization.reconstruction import ReconstructionSettings
+  from projects.flexround.flexround import FlexRoundSettings, make_optimizer, quantize_block
+
+  return functools.partial(
+    quantize_block,
+    settings=FlexRoundSettings(format, start="min_max"),
+    reconstruction=ReconstructionSettings(_STEPS.value, batch_size=2),
+    optimizer=make_optimizer(_LEARNING_RATE.value, _STEPS.value),
+    key=jax.random.key(_SEED.value),
+  )
+
+
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
@@ -83,11 +105,14 @@ def main(argv: list[str]) -> None:
 
   source = Checkpoint(_MODEL.value)
   format = IntegerFormat(_BITS.value, _GROUP_SIZE.value, scale_dtype=jnp.float16)
-  finish = lambda: None
+  finish, stream = lambda: None, "full_precision"
   if _METHOD.value == "awq":
     quantize_block, finish = awq(source.config, format)
   elif _METHOD.value == "gptq":
+    stream = "quantized"
     quantize_block = lambda i, block, x, context: calibration.gptq_block(block, x, context, format)
+  elif _METHOD.value == "flexround":
+    stream, quantize_block = "both", flexround(format)
   else:
     quantize_block = lambda i, block, x, context: calibration.rtn_block(block, format)
   tokens = calibration_samples(
@@ -103,7 +128,7 @@ def main(argv: list[str]) -> None:
     jnp.asarray(tokens),
     quantize_block,
     format,
-    stream="quantized" if _METHOD.value == "gptq" else "full_precision",
+    stream=stream,
     overwrite=_OVERWRITE.value,
     track=lambda blocks: track(blocks, "blocks", total=source.config.num_layers),
   )
