@@ -1,0 +1,118 @@
+"""FlexRound: weights divided element by element before they are rounded, learned block by block.
+
+  ./run.sh flexround
+  ./run.sh flexround --config=projects/flexround/config.py:paper --config.model=/path/to/Llama-2-7b-hf
+  ./run.sh flexround --config=projects/flexround/config.py:encoder
+
+Expect, in the default preset: at 2 bits all learned roundings are far above rounding to nearest;
+FlexRound's networks and language model are a little better than AdaRound's, and AdaQuant's as good.
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = ("default", "tiny", "paper", "encoder")
+
+
+def get_config(preset: str = "default") -> ConfigDict:
+  config = ConfigDict(
+    {
+      # Adam's rates of the sweep: the best on one block's calibration error is used. FlexRound's
+      # ablations take FlexRound's.
+      "learning_rates": {
+        "AdaRound": (0.01, 0.03, 0.1, 0.3),
+        "AdaQuant": (0.003, 0.01, 0.03, 0.1),
+        "FlexRound": (0.003, 0.01, 0.03, 0.1),
+      },
+      # Small convolutional networks on digits, each with its weights' bits; none if empty.
+      "networks": {"ResNet": (3, 2), "MobileNetV2": (2,)},
+      # Of projects/flexround/methods.py; ablations run on the first network (by name) only.
+      "network_methods": (
+        "RTN",
+        "AdaRound",
+        "AdaQuant",
+        "FlexRound",
+        "FlexRound, no s3, s4",
+        "FlexRound, fixed s1",
+      ),
+      # One trained network, split and calibration draw per seed.
+      "network_seeds": (0, 1, 2, 3, 4),
+      # On the first seed only.
+      "network_other_bits": (4,),
+      "train_steps": 200,
+      "calibration_images": 256,
+      "image_batch_size": 32,
+      "network_steps": 100,
+      # W4A4 under the protocols of BRECQ and QDrop, on the first network (by name) and so many seeds.
+      "activation_seeds": 1,
+      "activation_bits": 4,
+      # A language model: lm-tiny, lm-small, or a Hugging Face directory; none if empty.
+      "model": "lm-small",
+      "domains": ("embedded:code", "embedded:prose", "embedded:science"),
+      "axis": "channel",  # Or "tensor": what shares a scale.
+      "start": "search",  # Or "min_max": where scales begin.
+      "model_bits": 2,
+      "model_other_bits": (3,),
+      "model_seeds": (0, 1, 2),
+      "calibration_samples": 64,
+      "calibration_length": 128,
+      "batch_size": 2,
+      "steps": 60,
+      "eval_windows": 10,  # Per domain; 0 for all.
+      "eval_length": 256,
+      "choice_questions": 30,
+      # Also W8A8, per tensor.
+      "w8a8": True,
+      # A pretrained encoder of FLAXWORKS_MODELS (the encoder preset); none if empty.
+      "encoder": "",
+      "encoder_bits": (8, 6, 4),
+      "encoder_calibration": 64,
+      "encoder_sentences": 96,  # To train the classifier on, and as many to test.
+      "encoder_length": 32,
+      "encoder_steps": 50,
+      "encoder_batch_size": 8,
+      "encoder_learning_rate": 0.003,
+      # Retrieval on queries and documents of a test collection in FLAXWORKS_DATA; 0 skips it.
+      "retrieval_queries": 20,
+      "retrieval_documents": 1000,
+    }
+  )
+  if preset == "tiny":
+    config.learning_rates = {"AdaRound": (0.01,), "AdaQuant": (0.01,), "FlexRound": (0.01,)}
+    config.networks = {"ResNet, one block": (2,)}
+    config.network_methods = ("RTN", "AdaRound", "FlexRound")
+    config.network_seeds = (0,)
+    config.network_other_bits = ()
+    config.train_steps = 60
+    config.calibration_images = 32
+    config.network_steps = 4
+    config.activation_seeds = 0
+    config.model = "lm-tiny"
+    config.model_seeds = (0,)
+    config.model_other_bits = ()
+    config.calibration_samples = 4
+    config.calibration_length = 16
+    config.steps = 4
+    config.eval_windows = 2
+    config.eval_length = 32
+    config.choice_questions = 4
+    config.w8a8 = False
+  if preset == "paper":
+    # Weight-only, per channel, without the search (the official scripts' 4-bit Llama-2-7B).
+    config.learning_rates = {"AdaRound": (0.01,), "AdaQuant": (0.003,), "FlexRound": (0.003,)}
+    config.networks = {}
+    config.model = "meta-llama/Llama-2-7b-hf"
+    config.domains = ("data:wikitext2",)
+    config.start = "min_max"
+    config.model_bits = 4
+    config.model_other_bits = (3,)
+    config.model_seeds = (0,)
+    config.calibration_samples = 512
+    config.calibration_length = 1024
+    config.steps = 5000
+    config.eval_windows = 0
+    config.eval_length = 2048
+  if preset == "encoder":
+    config.networks = {}
+    config.model = ""
+    config.encoder = "all-minilm-l6-v2"
+  return config

@@ -1,0 +1,173 @@
+"""A pretrained sentence encoder with weights and activations of few bits, and a classifier on top."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import nnx
+from ml_collections import ConfigDict
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from common.checkpoints.huggingface import Checkpoint
+from common.data.retrieval import Collection, load_collection, sample_collection
+from common.data.sources import load_documents
+from common.data.tokenizer import load_tokenizer
+from common.errors import UserError
+from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
+from common.models.encoder import Encoder, sentence_embeddings
+from common.paths import models_dir
+from common.quantization.activations import ActivationFormat
+from common.quantization.calibration import quantize_model
+from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reconstruction import ReconstructionSettings
+from common.reporting.report import Claim, Column, Report, Table
+from projects.flexround.methods import Protocol, initial_grids, optimizer_of, quantize_unit
+
+DOMAINS = ("embedded:code", "embedded:prose", "embedded:science")
+TITLE = "Sentence encoder, weights per channel, activations per tensor"
+
+
+class Sentences(NamedTuple):
+  """Token ids and segment ids int32 [n, seq], and the domain of each int [n]."""
+
+  tokens: jax.Array
+  segment_ids: jax.Array
+  labels: np.ndarray
+
+
+def compare_on_encoder(config: ConfigDict, report: Report) -> None:
+  """Adds the encoder's table and claim; only a note where the model is not at hand."""
+  columns = [
+    "method",
+    "format",
+    Column("cosine to full precision", ".4f"),
+    Column("nDCG@10", ".3f"),
+    Column("accuracy", ".3f"),
+    Column("macro F1", ".3f"),
+    Column("Matthews", ".3f"),
+  ]
+  try:
+    folder = models_dir(config.encoder)
+  except UserError as e:
+    report.tables.append(Table(TITLE, columns, [], f"Left out: {e}"))
+    return
+  model = Checkpoint(folder).load_model()
+  if not isinstance(model, Encoder):
+    raise UserError(f"encoder={config.encoder!r} is a {type(model).__name__}; expected an encoder")
+  tokenizer = load_tokenizer(str(folder))
+  read = lambda split, count, seed: sentences(
+    tokenizer, split, count, config.encoder_length, model.config.pad_token_id, seed
+  )
+  calibration = read("train", config.encoder_calibration, 0)
+  train = read("validation", config.encoder_sentences, 1)
+  test = read("test", config.encoder_sentences, 2)
+  collection = retrieval_collection(config)
+  full = embed(model, test)
+  classifier = LogisticRegression(max_iter=1000).fit(embed(model, train), train.labels)
+
+  def row(name, format, quantized):
+    embeddings = embed(quantized, test)
+    found = classifier.predict(embeddings)
+    return [
+      name,
+      format,
+      embedding_similarity(embeddings, full),
+      None if collection is None else ndcg(quantized, tokenizer, collection),
+      float(np.mean(found == test.labels)),
+      f1_score(test.labels, found, average="macro"),
+      matthews_corrcoef(test.labels, found),
+    ]
+
+  rows, cosine = [row("full precision", None, model)], {}
+  for bits in config.encoder_bits:
+    for method in ("RTN", "FlexRound"):
+      quantized = quantize(method, config, model, calibration, bits)
+      rows.append(row(method, f"W{bits}A{bits}", quantized))
+      cosine[bits, method] = rows[-1][2]
+  report.tables.append(
+    Table(
+      TITLE,
+      columns,
+      rows,
+      note=(
+        f"{config.encoder}; {config.encoder_calibration} calibration sentences, "
+        f"{config.encoder_steps} steps per block. {config.encoder_sentences} test sentences; which "
+        "of three domains they are from, by logistic regression on full-precision embeddings of "
+        f"as many others. nDCG@10: {config.retrieval_queries} queries, {config.retrieval_documents} "
+        "documents of the NPL collection."
+      ),
+    )
+  )
+  for bits in config.encoder_bits:
+    report.claims.append(
+      Claim.greater(
+        f"FlexRound's embeddings are nearer to full precision than RTN's (W{bits}A{bits}, cosine)",
+        {name: [cosine[bits, name]] for name in ("FlexRound", "RTN")},
+      )
+    )
+
+
+def retrieval_collection(config: ConfigDict) -> Collection | None:
+  """The part of the NPL collection that is searched; None where it is not at hand."""
+  if not config.retrieval_queries:
+    return None
+  try:
+    whole = load_collection()
+  except UserError:
+    return None
+  return sample_collection(whole, config.retrieval_queries, config.retrieval_documents)
+
+
+def ndcg(model: Encoder, tokenizer: tokenizers.Tokenizer, collection: Collection) -> float:
+  """Mean nDCG@10 over the queries."""
+  queries, documents = (
+    embed_texts(model, tokenizer, texts) for texts in (collection.queries, collection.documents)
+  )
+  return float(retrieval_ndcg(queries, documents, collection).mean())
+
+
+def sentences(tokenizer, split, count, length, pad_token_id, seed) -> Sentences:
+  """Beginnings of documents, as many of each domain."""
+  ids, labels = np.full((count, length), pad_token_id, np.int32), np.arange(count) % len(DOMAINS)
+  segment_ids = np.zeros((count, length), np.int32)
+  rng = np.random.default_rng(seed)
+  for label, domain in enumerate(DOMAINS):
+    documents, rows = load_documents(domain, split), np.flatnonzero(labels == label)
+    for row, i in zip(
+      rows, rng.choice(len(documents), len(rows), replace=len(rows) > len(documents))
+    ):
+      # A document may be long; so many characters hold more than the tokens that are kept.
+      encoded = tokenizer.encode(documents[int(i)]["text"][: 16 * length]).ids[:length]
+      ids[row, : len(encoded)], segment_ids[row, : len(encoded)] = encoded, 1
+  return Sentences(jnp.asarray(ids), jnp.asarray(segment_ids), labels)
+
+
+@nnx.jit
+def _embed(model: Encoder, tokens, segment_ids):
+  return sentence_embeddings(model(tokens, segment_ids=segment_ids).hidden, segment_ids)
+
+
+def embed(model: Encoder, batch: Sentences) -> np.ndarray:
+  """Unit vectors, float32 [n, dim]."""
+  return np.asarray(_embed(model, batch.tokens, batch.segment_ids))
+
+
+def quantize(method, config: ConfigDict, model: Encoder, batch: Sentences, bits: int) -> Encoder:
+  """A copy of the encoder with weights per channel and activations per tensor."""
+  protocol = Protocol(
+    IntegerFormat(bits),
+    "min_max",
+    ReconstructionSettings(config.encoder_steps, config.encoder_batch_size),
+    ActivationFormat(bits, "per_tensor"),
+  )
+  optimizer = optimizer_of(config.encoder_learning_rate, config.encoder_steps)
+
+  def block(index, block, x, context):
+    key = jax.random.fold_in(jax.random.key(0), index)
+    grids = initial_grids(block, protocol)
+    return quantize_unit(method, block, x, context, key, protocol, optimizer, grids=grids).unit
+
+  return quantize_model(model, batch.tokens, block, stream="both", segment_ids=batch.segment_ids)

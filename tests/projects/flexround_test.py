@@ -1,0 +1,352 @@
+"""FlexRound: vectors of the official code, the card's invariants, and the tiny run."""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from common.errors import UserError
+from common.models.decoder import Block
+from common.models.mobilenet import MobileNet, MobileNetConfig, Stage
+from common.quantization import rtn
+from common.quantization.activations import ActivationFormat, fake_quantize
+from common.quantization.adaround import AdaRound, adaround_objective, harden
+from common.quantization.calibration import Streams, quantize_blocks
+from common.quantization.linear import quantized_weights
+from common.quantization.quantized_array import IntegerFormat
+from common.quantization.quantized_kernel import QuantizedKernel
+from common.quantization.reconstruction import Learned, ReconstructionSettings, reconstruct
+from common.quantization.straight_through import lsq
+from projects.flexround import config, convnets, experiment
+from projects.flexround.activation_quantizer import LearnedInput, freeze_inputs
+from projects.flexround.flexround import (
+  FlexRound,
+  FlexRoundSettings,
+  feature_sum,
+  grid_shift,
+  pack,
+  quantize_block,
+)
+from projects.flexround.methods import Layer, Protocol, quantize_unit, run_layer
+from projects.flexround.scale_search import NORM, initial_scales
+from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "flexround"
+FORMATS = [
+  IntegerFormat(3),
+  IntegerFormat(4, axis=None),
+  IntegerFormat(2, 4),
+  IntegerFormat(3, symmetric=True),
+]
+
+
+def weights(shape=(8, 6), seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def flexround(w, format=FORMATS[0], start="min_max", **switches):
+  settings = FlexRoundSettings(format, start, **switches)
+  return FlexRound(w, *initial_scales(w, format, start), settings)
+
+
+def value_and_gradients(weight, cotangent):
+  """The rounded kernel, and the gradients of sum(it * cotangent) by every `Learned` variable."""
+  graphdef, learned, rest = nnx.split(weight, Learned, ...)
+
+  def loss(learned):
+    out = nnx.merge(graphdef, learned, rest)()
+    return jnp.sum(out * cotangent), out
+
+  gradients, out = jax.grad(loss, has_aux=True)(learned)
+  return out, {path[0]: value[...] for path, value in gradients.flat_state()}
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("search", [0, 1])
+@pytest.mark.parametrize("channel", [0, 1])
+def test_the_official_code(channel, search, bits):
+  with np.load(GOLDEN / "quantizer_forward_and_grad.npz") as file:
+    prefix = f"ch{channel}_clip{search}_b{bits}_"
+    golden = {k.removeprefix(prefix): file[k].T for k in file.files if k.startswith(prefix)}
+    w = jnp.asarray(file["weight"].T)
+  per_group = lambda name: golden[name].reshape(1, -1)
+  start = ("min_max", "search")[search]
+  weight = flexround(w, IntegerFormat(bits, axis=0 if channel else None), start)
+  np.testing.assert_allclose(weight.step(), per_group("delta"), rtol=1e-6)
+  np.testing.assert_array_equal(weight.zero_points[...], per_group("zp"))
+  np.testing.assert_allclose(weight(), golden["rtn"], rtol=1e-5, atol=1e-6)
+  weight.s1[...] = jnp.asarray(per_group("d1") - np.log(per_group("delta")))
+  weight.s2[...] = jnp.asarray(golden["d2"])
+  weight.s3[...] = jnp.asarray(golden["d3"])
+  out, gradients = value_and_gradients(weight, golden["cotangent"])
+  np.testing.assert_allclose(out, golden["out"], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(gradients["s2"], golden["grad_d2"], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(gradients["s3"], golden["grad_d3"], rtol=1e-4, atol=1e-5)
+  # A sum over 240 weights of order 1.
+  np.testing.assert_allclose(gradients["s1"], per_group("grad_d1"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("parametrization", ["log", "linear"])
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_it_starts_from_rounding_to_nearest(format, parametrization):
+  w = weights()
+  weight = flexround(w, format, parametrization=parametrization)
+  s1, z = initial_scales(w, format, "min_max")
+  expected = rtn.decode(rtn.encode(w, s1, z, format), s1, z, format)
+  np.testing.assert_array_equal(weight(), expected)
+  assert not np.any(grid_shift(weight).shift)
+
+
+def test_the_gradient_is_the_papers():
+  """-W / S'^2 inside the range and 0 outside; of the logarithm, S' times that (Proposition 3.1)."""
+  w = weights((32, 3))
+  cotangent = weights((32, 3), 1)
+  s1, z = initial_scales(w, FORMATS[0], "min_max")
+  s1 = 0.5 * s1  # So that a part is clipped.
+  divisor = jnp.exp(0.2 * weights((32, 3), 2))
+  inside = (jnp.round(w / (s1 * divisor)) + z >= 0) & (jnp.round(w / (s1 * divisor)) + z <= 7)
+  assert 0.2 < float(inside.mean()) < 0.9
+  for parametrization in ("linear", "log"):
+    weight = FlexRound(w, s1, z, FlexRoundSettings(FORMATS[0], parametrization=parametrization))
+    weight.s2[...] = divisor if parametrization == "linear" else jnp.log(divisor)
+    found = value_and_gradients(weight, cotangent)[1]["s2"]
+    expected = jnp.where(inside, -w / divisor**2 * cotangent, 0)
+    if parametrization == "log":
+      expected = divisor * expected
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_only_s1_multiplies():
+  w = weights()
+  weight = flexround(w)
+  weight.s2[...] = 0.3 * weights((8, 6), 1)
+  before = weight()
+  weight.s2[...] = weight.s2[...] - jnp.log(2.0)
+  weight.s3[...] = weight.s3[...] + jnp.log(2.0)
+  np.testing.assert_allclose(weight(), before, rtol=1e-6)
+  # A convolution's s4 likewise, in the shape of its inputs.
+  conv = flexround(weights((3, 3, 4, 6)))
+  assert conv.s4.shape == (1, 1, 4, 1) and conv.s3.shape == (1, 1, 1, 6)
+  before = conv()
+  conv.s4[...], conv.s3[...] = conv.s4[...] + jnp.log(2.0), conv.s3[...] - jnp.log(2.0)
+  np.testing.assert_allclose(conv(), before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_codes_are_integers_in_the_range_and_can_be_packed(format):
+  weight = flexround(weights(), format)
+  weight.s1[...] = jnp.full(weight.s1.shape, 0.1)
+  weight.s2[...] = weights((8, 6), 1)
+  codes = np.asarray(weight.codes())
+  low, high = format.code_range
+  assert np.array_equal(codes, np.round(codes)) and codes.min() >= low and codes.max() <= high
+  packed = pack(weight, format)
+  np.testing.assert_allclose(packed.dequantize(), weight(), rtol=1e-6)
+  assert (packed.zero_points is None) == format.symmetric
+
+
+def test_with_s1_alone_it_is_lsq():
+  w, format = weights(), IntegerFormat(3, axis=None, symmetric=True)
+  weight = flexround(w, format, use_s2=False, use_s3=False, use_s4=False)
+  assert weight.s2 is weight.s3 is weight.s4 is None
+  cotangent = weights((8, 6), 1)
+  out, gradients = value_and_gradients(weight, cotangent)
+  s1 = weight.initial_s1[...]
+  by_step = jax.grad(lambda s: jnp.sum(lsq(w, s, (-4, 3)) * cotangent))(s1)
+  np.testing.assert_allclose(out, lsq(w, s1, (-4, 3)), rtol=1e-6)
+  np.testing.assert_allclose(gradients["s1"], s1 * by_step, rtol=1e-4)
+
+
+@pytest.mark.parametrize("learned", ["flexround", "adaround"])
+def test_a_shift_of_two_is_found_by_flexround_alone(learned):
+  """Two inputs that are always equal, so that the weights' sum counts: 3.0 - 1.9.
+
+  3.0 is clipped to 1. The other should become 0, two steps from its nearest, -2; AdaRound's best is
+  -1.
+  """
+  w, format = jnp.array([[3.0], [-1.9]]), IntegerFormat(2, axis=None, symmetric=True)
+  s1, z = jnp.ones((1, 1)), jnp.zeros((1, 1))
+  if learned == "flexround":
+    weight = FlexRound(w, s1, z, FlexRoundSettings(format, learn_s1=False, use_s3=False))
+  else:
+    weight = AdaRound(w, s1, None, format)
+  x = jnp.array([[1.0, 1.0], [0.5, 0.5]])
+  layer = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+  soft = learned == "adaround"
+  found, _ = reconstruct(
+    Layer(QuantizedKernel(layer, weight)),
+    x,
+    x @ w,
+    None,
+    jax.random.key(0),
+    ReconstructionSettings(200, 2, keep_best=not soft),
+    optax.adam(0.05),
+    objective=adaround_objective if soft else feature_sum,
+    run=run_layer,
+  )
+  harden(found)
+  expected = [[1.0], [-1.0]] if soft else [[1.0], [0.0]]
+  np.testing.assert_array_equal(found.layer.weight(), expected)
+
+
+@pytest.mark.parametrize(
+  "format", [*FORMATS, IntegerFormat(8), IntegerFormat(8, symmetric=True)], ids=str
+)
+def test_the_search_is_never_worse_than_min_max(format):
+  w = weights().at[0].mul(4)
+  w = w.at[:, 0].set(jnp.abs(w[:, 0]))  # One channel is one-sided.
+  errors = {}
+  for start in ("min_max", "search"):
+    scales, zeros = initial_scales(w, format, start)
+    codes = rtn.encode(w, scales, zeros, format)
+    difference = jnp.abs(rtn.decode(codes, scales, zeros, format) - w) ** NORM
+    errors[start] = rtn.group(difference, format).mean(axis=(1, 3))
+  assert np.all(errors["search"] <= errors["min_max"] * (1 + 1e-6))
+  if format.bits <= 3:  # Few codes are better spent on a range that leaves the large weights out.
+    assert errors["search"].mean() < 0.999 * errors["min_max"].mean()
+
+
+LLAMA = ARCHITECTURES["llama"]
+RECONSTRUCTION = ReconstructionSettings(num_steps=20, batch_size=2)
+ADAM = optax.adam(5e-3)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return random_decoder(LLAMA)
+
+
+@pytest.fixture(scope="module")
+def streams(model):
+  """(a block's two inputs, its context)."""
+  x, context = model.stem(jnp.asarray(random_tokens(LLAMA, 4, 8)))
+  return Streams(x, x + 0.05 * jax.random.normal(jax.random.key(0), x.shape)), context
+
+
+def test_blocks_are_streamed_packed_and_compiled_once(model):
+  """Also: the packed block is nearer to the original than rounding to nearest."""
+  settings = FlexRoundSettings(IntegerFormat(3), "min_max")
+  key, compiled = jax.random.key(0), []
+  quantize = functools.partial(
+    quantize_block,
+    settings=settings,
+    reconstruction=RECONSTRUCTION,
+    optimizer=ADAM,
+    key=key,
+  )
+  tokens = jnp.asarray(random_tokens(LLAMA, 4, 8))
+  listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+  blocks = quantize_blocks(model, model.blocks, tokens, quantize, stream="both")
+  first = next(blocks)
+  # The quantized stream's pass is compiled when the second block is asked for.
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    second = next(blocks)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+  assert len(compiled) < 5, compiled
+  for block in (first, second):
+    packed = quantized_weights(block)
+    assert len(packed) == 7 and all(w.format == settings.format for w in packed.values())
+
+
+def run_mlp(mlp, x, context):
+  del context
+  return mlp(x)
+
+
+@pytest.mark.parametrize("layer_wise", [False, True])
+def test_learning_never_ends_above_rounding_to_nearest(model, streams, layer_wise):
+  """A unit is whatever `run` calls: here a block's MLP."""
+  protocol = Protocol(IntegerFormat(3), "min_max", RECONSTRUCTION, layer_wise=layer_wise)
+  arguments = (model.blocks[0].mlp, *streams, jax.random.key(0), protocol, ADAM)
+  result = quantize_unit("FlexRound", *arguments, run=run_mlp)
+  assert result.error < 0.9 * result.rtn_error
+  assert set(result.shifts) == {"gate_proj", "up_proj", "down_proj"}
+  if not layer_wise:
+    assert result.losses.shape == (20,)
+    nearest = quantize_unit("RTN", *arguments, run=run_mlp)
+    assert result.rtn_error == nearest.error == nearest.rtn_error
+
+
+def test_activations_learn_their_step_and_are_frozen():
+  layer = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+  format, x = ActivationFormat(4, "per_tensor"), weights((5, 6))
+  low, high = x.min(), x.max()
+  learned = Layer(LearnedInput(layer, format, low, high))
+  expected = layer(fake_quantize(x, format, low=low, high=high))
+  np.testing.assert_allclose(learned.layer(x), expected, rtol=1e-5, atol=1e-6)
+  learned.layer.log_step[...] = jnp.float32(0.2)
+  output = learned.layer(x)
+  assert float(jnp.abs(output - expected).max()) > 1e-3
+  freeze_inputs(learned)
+  np.testing.assert_allclose(learned.layer(x), output, rtol=1e-5, atol=1e-6)
+
+
+def test_folding_batch_norms_changes_nothing():
+  settings = MobileNetConfig(4, 2, (Stage(1, 4, 1, 1), Stage(2, 6, 1, 2)), 8, 1, ("a", "b"))
+  model = MobileNet(settings, rngs=nnx.Rngs(0))
+  for i, (_, layer) in enumerate(nnx.iter_modules(model)):
+    if isinstance(layer, nnx.BatchNorm):
+      layer.mean[...] = 0.3 * weights(layer.mean.shape, i)
+      layer.var[...] = jnp.exp(weights(layer.var.shape, i))
+  images = weights((2, 8, 8, 1))
+  run = nnx.jit(lambda model, images: model(images).logits)
+  expected = run(model, images)
+  convnets.fold_batch_norms(model)
+  assert not any(isinstance(m, nnx.BatchNorm) for _, m in nnx.iter_modules(model))
+  np.testing.assert_allclose(run(model, images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_input_is_named_before_any_work(model, streams):
+  w = weights()
+  with pytest.raises(UserError, match="start='mean'.*search, min_max"):
+    initial_scales(w, FORMATS[0], "mean")
+  with pytest.raises(UserError, match="group_size=5 does not divide"):
+    initial_scales(w, IntegerFormat(3, 5), "search")
+  with pytest.raises(UserError, match="nothing to learn"):
+    FlexRoundSettings(FORMATS[0], learn_s1=False, use_s2=False, use_s3=False, use_s4=False)
+  with pytest.raises(UserError, match="parametrization='exp'"):
+    FlexRoundSettings(FORMATS[0], parametrization="exp")
+  x, context = streams
+  protocol = Protocol(FORMATS[0], "min_max", RECONSTRUCTION)
+  arguments = (x, context, jax.random.key(0), protocol, ADAM)
+  with pytest.raises(UserError, match="method='GPTQ'.*AdaRound"):
+    quantize_unit("GPTQ", model.blocks[0], *arguments)
+  broken: Block = nnx.clone(model.blocks[0])
+  broken.mlp.up_proj.kernel[...] = broken.mlp.up_proj.kernel[...].at[0, 0].set(jnp.nan)
+  with pytest.raises(UserError, match="mlp.up_proj.kernel.*NaN"):
+    quantize_unit("FlexRound", broken, *arguments)
+  settings = config.get_config("tiny")
+  settings.axis = "row"
+  with pytest.raises(UserError, match="axis='row'.*channel, tensor"):
+    experiment.compare_on_language_model(settings, pathlib.Path(), None)
+  with pytest.raises(UserError, match="network='VGG'"):
+    convnets.train("VGG", None, num_steps=1, seed=0)
+
+
+def test_tiny_run(tmp_path):
+  report = experiment.run(config.get_config("tiny"), tmp_path)
+  assert [t.title.split(",")[0] for t in report.tables] == [
+    "ResNet",
+    "Perplexity of lm-tiny",
+    "Grid shift of FlexRound",
+  ]
+  methods = [row[0] for row in report.tables[1].rows]
+  assert methods == ["full precision", "RTN", "AdaRound", "AdaQuant", "FlexRound"]
+  assert all(np.isfinite(row[2]) for row in report.tables[1].rows)
+  for figure in report.figures:
+    assert (tmp_path / figure.path).stat().st_size > 5000
+  assert len(report.claims) == 8
+
+
+def test_a_missing_encoder_leaves_a_note(tmp_path, monkeypatch):
+  monkeypatch.setenv("FLAXWORKS_MODELS", str(tmp_path))
+  settings = config.get_config("encoder")
+  (table,) = experiment.run(settings, tmp_path).tables
+  assert not table.rows and "all-minilm-l6-v2" in table.note
