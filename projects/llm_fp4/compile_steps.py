@@ -1,0 +1,120 @@
+"""FPQ at the config's size, compiled for a TPU slice: does it fit, what does it cost?
+
+A linear is searched with its calibration tokens cut over the slice. The folded 4-bit model is small
+enough to lie on every device; rows are cut over the slice.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from common.compilation.decoder_steps import decoder_config
+from common.compilation.step import Step
+from common.models.decoder import Block, DecoderConfig
+from common.models.scan import abstract_stack
+from common.models.sharding import batch_sharding, cache_shardings, place
+from common.models.surgery import get_module, linear_paths, replace_module
+from common.quantization.linear import get_kernels
+from common.training.losses import next_token_loss
+from common.training.mesh import make_mesh
+from projects.llm_fp4.layers import FoldedLinear
+from projects.llm_fp4.llm_fp4 import DEFAULT_FORMATS, FPQSettings, search_linear
+from projects.llm_fp4.methods import fpq_settings
+
+# Rows of the folded model's steps; slots of its cache.
+ROWS, CACHE_LENGTH = 8, 2048
+
+# One linear of each shape of a block.
+SEARCHED = ("attention.q_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
+  """The search of a block's linears, and the folded model's two uses."""
+  model, settings = decoder_config(config.model), fpq_settings(config, config.bits)
+  mesh = make_mesh({"data": -1}, devices)
+  rows = -(-ROWS // len(devices)) * len(devices)
+  return [
+    *search_steps(config, model, settings, mesh),
+    *folded_steps(model, settings, mesh, rows, config.eval_length),
+  ]
+
+
+def search_steps(
+  config: ConfigDict, model: DecoderConfig, settings: FPQSettings, mesh: Mesh
+) -> list[Step]:
+  """`search_linear` of one linear of each shape, on all tokens or as many as the search takes."""
+  kernels = nnx.eval_shape(lambda: get_kernels(Block(model, nnx.Rngs(0)), list(SEARCHED)))
+  tokens = settings.tokens or config.calibration_samples * config.calibration_length
+  tokens = -(-tokens // mesh.size) * mesh.size
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  steps = []
+  for path in SEARCHED:
+    kernel = kernels[path]
+    array = lambda *shape, sharding=everywhere: jax.ShapeDtypeStruct(
+      shape, jnp.float32, sharding=sharding
+    )
+    channels = kernel.shape[0]
+    x = array(tokens, channels, sharding=batch_sharding(mesh))
+    arguments = (array(*kernel.shape), x, array(channels))
+    search = functools.partial(search_linear, settings=settings)
+    name = path.rpartition(".")[2]
+    steps.append(Step(f"search of {name}, {tokens} tokens", search, arguments))
+  return steps
+
+
+def folded_steps(
+  model: DecoderConfig, settings: FPQSettings, mesh: Mesh, rows: int, length: int
+) -> list[Step]:
+  """Scoring and decoding with folded codes on every device."""
+
+  def pack(block):
+    for path in linear_paths(block):
+      replace_module(block, path, empty_folded(get_module(block, path), settings))
+    return block
+
+  scanned, params = abstract_stack(model, jnp.bfloat16, edit_block=pack)
+  everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
+  params = place(params, everywhere)
+  ids = lambda length: jax.ShapeDtypeStruct(
+    (rows, length), jnp.int32, sharding=batch_sharding(mesh)
+  )
+  cache = jax.eval_shape(lambda: scanned.empty_cache(rows, CACHE_LENGTH, jnp.bfloat16))
+  cache_at = cache_shardings(cache, mesh)
+
+  def score(params, tokens):
+    return next_token_loss(scanned(params, tokens)[0], tokens, jnp.ones_like(tokens))
+
+  def decode(params, cache, tokens):
+    logits, cache = scanned(params, tokens, cache=cache)
+    return jnp.argmax(logits[:, -1], axis=-1), cache
+
+  decode = jax.jit(decode, donate_argnums=1, out_shardings=(batch_sharding(mesh), cache_at))
+  return [
+    Step(f"score, {rows} x {length} tokens, folded", score, (params, ids(length))),
+    Step(
+      f"decode, {rows} x 1 tokens, cache {CACHE_LENGTH}, folded",
+      decode,
+      (params, place(cache, cache_at), ids(1)),
+    ),
+  ]
+
+
+def empty_folded(linear: nnx.Linear, settings: FPQSettings) -> FoldedLinear:
+  """A folded layer of a linear's size."""
+  channels, outputs = linear.kernel.shape
+  weight_format = DEFAULT_FORMATS[settings.weight_bits]
+  return FoldedLinear(
+    jnp.zeros((channels, outputs), weight_format.dtype),
+    jnp.zeros(outputs),
+    jnp.zeros(channels, jnp.int32),
+    jnp.zeros(()),
+    None if linear.bias is None else linear.bias[...],
+    weight_format=weight_format,
+    activation_format=DEFAULT_FORMATS[settings.activation_bits],
+    shift_weights=settings.fold == "exact",
+  )

@@ -1,0 +1,100 @@
+"""LLM-FP4: 4-bit floating point for weights and activations, formats and ranges from a search.
+
+  ./run.sh llm_fp4
+  ./run.sh llm_fp4 --config=projects/llm_fp4/config.py:encoder
+  ./run.sh llm_fp4 --config=projects/llm_fp4/config.py:paper --config.model=/path/to/Llama-7b-hf
+
+Expect, in the default preset: MinMax in 4 bits useless where activations have outliers, both
+searches close to full precision, and channels' own biases (FPQ) a little better than one bias.
+
+The encoder preset quantizes a pretrained sentence encoder of FLAXWORKS_MODELS.
+"""
+
+from ml_collections import ConfigDict
+
+PRESETS = ("default", "tiny", "encoder", "paper")
+
+
+def get_config(preset: str = "default") -> ConfigDict:
+  config = ConfigDict(
+    {
+      # lm-tiny, lm-small, or a Hugging Face directory of a decoder; empty leaves this part out.
+      "model": "lm-small",
+      # Weights, activations and embeddings have so many bits; the others on the first seed only.
+      "bits": 4,
+      "other_bits": (8,),
+      # Copies of the model with activation outliers (same function); each seed puts them elsewhere.
+      "outlier_gains": (8.0, 32.0),
+      "domains": ("embedded:code", "embedded:prose", "embedded:science"),
+      "calibration_samples": 16,
+      "calibration_length": 128,
+      # A calibration draw and places of outliers per seed. The natural model has the first only.
+      "seeds": (0, 1, 2),
+      "eval_windows": 4,  # Per domain.
+      "eval_length": 256,
+      "ablations": True,
+      "few_samples": 2,  # Calibration samples of the ablation of their number.
+      "zero_shot_tasks": (),
+      # The search.
+      "search_tokens": 256,  # 0 takes all.
+      "rounds": 3,
+      "grid_size": 16,
+      "param": "bias_gamma",
+      "metric": "l2",
+      "offset_rounding": "separate",
+      "fold": "exact",
+      # Small ViTs trained on scikit-learn's digits, one per seed: their epochs, 0 leaves them out.
+      "vision_epochs": 12,
+      "vision_size": 32,
+      # A folder of FLAXWORKS_MODELS with a sentence encoder; empty leaves it out.
+      "encoder": "",
+      "encoder_bits": (8, 6, 4),
+      "encoder_samples": 32,
+      "encoder_length": 64,
+      "queries": 20,
+      "documents": 1000,
+    }
+  )
+  if preset == "tiny":
+    config.model = "lm-tiny"
+    config.other_bits = ()
+    config.outlier_gains = (8.0,)
+    config.calibration_samples = 4
+    config.calibration_length = 32
+    config.seeds = (0,)
+    config.eval_windows = 2
+    config.eval_length = 64
+    config.ablations = False
+    config.search_tokens = 32
+    config.grid_size = 3
+    config.vision_epochs = 0
+  if preset == "encoder":
+    config.model = ""
+    config.vision_epochs = 0
+    config.encoder = "all-minilm-l6-v2"
+    # 384 to 1536 channels: fewer tokens and gammas keep the search to minutes.
+    config.search_tokens = 64
+    config.grid_size = 8
+  if preset == "paper":
+    config.model = "meta-llama/Llama-2-7b-hf"
+    config.other_bits = ()
+    config.outlier_gains = ()
+    config.domains = ("data:wikitext2",)
+    config.calibration_samples = 32
+    config.calibration_length = 1024
+    config.seeds = (0,)
+    config.eval_windows = 0  # All.
+    config.eval_length = 2048
+    config.ablations = False
+    config.search_tokens = 0
+    config.grid_size = 100
+    config.vision_epochs = 0
+    config.zero_shot_tasks = (
+      "boolq",
+      "piqa",
+      "hellaswag",
+      "winogrande",
+      "arc_easy",
+      "arc_challenge",
+    )
+  return config

@@ -1,0 +1,165 @@
+"""A pretrained sentence encoder: embeddings, retrieval and text classification after FPQ."""
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from tokenizers import Tokenizer
+
+from common.checkpoints.huggingface import Checkpoint
+from common.data.retrieval import Collection, load_collection, sample_collection
+from common.data.sources import load_documents
+from common.data.tokenizer import load_tokenizer
+from common.errors import UserError
+from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
+from common.models.encoder import Encoder
+from common.paths import models_dir
+from common.reporting.report import Claim, Column, Report, Table
+from projects.llm_fp4.methods import (
+  BASELINE,
+  FLOAT_METHODS,
+  FPQ,
+  MINMAX_FP,
+  MINMAX_INT,
+  fpq_settings,
+  integer_model,
+)
+from projects.llm_fp4.models import fpq
+
+DOMAINS = ("embedded:code", "embedded:prose", "embedded:science")
+TEXTS = 60  # To fit the classifier on, and as many to test it.
+
+
+def compare_on_encoder(config: ConfigDict, report: Report) -> None:
+  """Adds the encoder's table and claims.
+
+  Raises:
+    UserError: the model or the collection is not there, or the model is no encoder.
+  """
+  folder = models_dir(config.encoder)
+  model = Checkpoint(folder).load_model()
+  if not isinstance(model, Encoder):
+    raise UserError(f"encoder={config.encoder!r} is a {type(model).__name__}; expected an encoder")
+  tokenizer = load_tokenizer(str(folder))
+  whole = load_collection()
+  collection = sample_collection(whole, config.queries, config.documents)
+  tokens, segment_ids = calibration_batch(config, model, tokenizer, whole, collection)
+  train_texts, train_labels = domain_texts("train")
+  test_texts, test_labels = domain_texts("test")
+  classifier = LogisticRegression(max_iter=1000)
+  embed = lambda model, texts: embed_texts(
+    model, tokenizer, texts, max_length=config.encoder_length
+  )
+  classifier.fit(embed(model, train_texts), train_labels)
+  full = embed(model, collection.documents)
+  rows, cosine, ndcg = [], {}, {}
+
+  def evaluate(name, bits, candidate):
+    documents = full if bits is None else embed(candidate, collection.documents)
+    scores = retrieval_ndcg(embed(candidate, collection.queries), documents, collection)
+    predicted = classifier.predict(embed(candidate, test_texts))
+    cosine[name, bits] = embedding_similarity(documents, full)
+    ndcg[name, bits] = scores
+    rows.append(
+      [
+        name,
+        "32/32/32" if bits is None else f"{bits}/{bits}/{bits}",
+        cosine[name, bits],
+        float(scores.mean()),
+        accuracy_score(test_labels, predicted),
+        f1_score(test_labels, predicted, average="macro"),
+        matthews_corrcoef(test_labels, predicted),
+      ]
+    )
+
+  evaluate("full precision", None, model)
+  for bits in config.encoder_bits:
+    integers = integer_model(model, tokens, bits, embedding_bits=bits, segment_ids=segment_ids)
+    evaluate(MINMAX_INT, bits, integers)
+    for name, changes in FLOAT_METHODS.items():
+      settings = fpq_settings(config, bits, **changes)
+      quantized = fpq(model, tokens, settings, embedding_bits=bits, segment_ids=segment_ids)
+      evaluate(name, bits, quantized)
+  report.tables.append(
+    Table(
+      f"Sentence encoder {config.encoder}",
+      [
+        "method",
+        "bits E/W/A",
+        Column("cosine to full precision", ".4f"),
+        Column("nDCG@10", ".3f"),
+        Column("accuracy", ".3f"),
+        Column("macro F1", ".3f"),
+        Column("Matthews", ".3f"),
+      ],
+      rows,
+      note=(
+        f"{len(collection.documents)} documents and {len(collection.queries)} queries; "
+        f"{config.encoder_samples} other documents of {config.encoder_length} tokens at most for "
+        f"calibration. Accuracy, F1 and Matthews: which of three domains {TEXTS} texts are from, by "
+        "logistic regression on full-precision embeddings of others."
+      ),
+    )
+  )
+  report.claims.extend(claims(config, cosine, ndcg))
+
+
+def claims(config: ConfigDict, cosine, ndcg) -> list[Claim]:
+  found = []
+  for bits in config.encoder_bits:
+    for name in (BASELINE, MINMAX_FP, MINMAX_INT):
+      found.append(
+        Claim.greater(
+          f"FPQ's embeddings are nearer to full precision than those of {name} (W{bits}A{bits}, cosine)",
+          {FPQ: [cosine[FPQ, bits]], name: [cosine[name, bits]]},
+        )
+      )
+  lost = ndcg["full precision", None] - ndcg[FPQ, max(config.encoder_bits)]
+  found.append(
+    Claim.less(
+      f"FPQ at W{max(config.encoder_bits)}A{max(config.encoder_bits)} loses less than 0.01 of nDCG@10 "
+      "(by query)",
+      lost,
+      0.01,
+    )
+  )
+  return found
+
+
+def calibration_batch(
+  config: ConfigDict, model: Encoder, tokenizer: Tokenizer, whole: Collection, used: Collection
+):
+  """Documents that are not in the sampled collection: tokens and segment ids, int32 [n, seq]."""
+  excluded = set(used.documents)
+  texts = [text for text in whole.documents if text not in excluded]
+  if len(texts) < config.encoder_samples:
+    raise UserError(
+      f"{len(texts)} documents are left for calibration, not encoder_samples="
+      f"{config.encoder_samples}: lower it or documents={config.documents}"
+    )
+  rows = np.linspace(0, len(texts) - 1, config.encoder_samples).astype(int)
+  shape = (config.encoder_samples, config.encoder_length)
+  tokens, segment_ids = (
+    np.full(shape, model.config.pad_token_id, np.int32),
+    np.zeros(shape, np.int32),
+  )
+  encoder = Tokenizer.from_str(tokenizer.to_str())
+  encoder.no_padding()
+  encoder.enable_truncation(config.encoder_length)
+  for i, row in enumerate(rows):
+    ids = encoder.encode(texts[row]).ids
+    tokens[i, : len(ids)], segment_ids[i, : len(ids)] = ids, 1
+  return jnp.asarray(tokens), jnp.asarray(segment_ids)
+
+
+def domain_texts(split: str) -> tuple[list[str], np.ndarray]:
+  """Beginnings of documents of three domains in turn, and which it is."""
+  labels = np.arange(TEXTS) % len(DOMAINS)
+  texts = [""] * TEXTS
+  for label, domain in enumerate(DOMAINS):
+    documents, places = load_documents(domain, split), np.flatnonzero(labels == label)
+    chosen = np.linspace(0, len(documents) - 1, len(places)).astype(int)
+    for place, i in zip(places, chosen):
+      texts[place] = documents[int(i)]["text"][:400]
+  return texts, labels

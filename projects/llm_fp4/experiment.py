@@ -1,0 +1,34 @@
+"""FPQ against its baselines: a language model, vision transformers, a pretrained encoder."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from common.errors import UserError
+from common.reporting.report import Report
+from projects.llm_fp4.encoder_experiment import compare_on_encoder
+from projects.llm_fp4.language_experiment import compare_on_language_model
+from projects.llm_fp4.methods import fpq_settings
+from projects.llm_fp4.vision_experiment import compare_on_vision
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
+  """Runs every part that the config asks for.
+
+  Raises:
+    UserError: a value of the config is not supported, or a model or data is not there.
+  """
+  if not (config.model or config.encoder or config.vision_epochs):
+    raise UserError("nothing to do: set model, encoder or vision_epochs")
+  if not config.seeds:
+    raise UserError("seeds is empty: give at least one")
+  for bits in (config.bits, *config.other_bits, *config.encoder_bits):
+    fpq_settings(config, bits)
+  report = Report(tables=[], figures=[], claims=[])
+  if config.model:
+    compare_on_language_model(config, workdir, report)
+  if config.vision_epochs:
+    compare_on_vision(config, report)
+  if config.encoder:
+    compare_on_encoder(config, report)
+  return report

@@ -1,0 +1,354 @@
+"""Language models: perplexity and layer errors of every method, ablations, zero-shot accuracy."""
+
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import Progress
+
+from common.data.pipelines import calibration_samples, token_windows
+from common.errors import UserError
+from common.evaluation.harness import harness_model
+from common.evaluation.perplexity import WindowLosses, window_losses
+from common.models.base import BaseModel, base_model
+from common.models.decoder import Decoder
+from common.models.outliers import inject_outliers
+from common.reporting import plots
+from common.reporting.report import Claim, Column, Figure, Report, Table
+from projects.llm_fp4 import search_result
+from projects.llm_fp4.llm_fp4 import FPQSettings
+from projects.llm_fp4.methods import (
+  ABLATIONS,
+  BASELINE,
+  FLOAT_METHODS,
+  FPQ,
+  MINMAX_FP,
+  MINMAX_INT,
+  SMOOTHQUANT,
+  fpq_settings,
+  integer_model,
+)
+from projects.llm_fp4.models import ModelSearch, apply_to_model, search_model
+
+# Zero-shot averages of the paper's Table 1 at 4/4/4 (SmoothQuant: 16/4/4), LLaMA-7B.
+PAPER_LLAMA_7B = {
+  "full precision": 66.3,
+  MINMAX_INT: 38.1,
+  MINMAX_FP: 37.4,
+  SMOOTHQUANT: 49.1,
+  BASELINE: 42.7,
+  FPQ: 58.1,
+}
+
+
+class Result(NamedTuple):
+  """One method on one model.
+
+  Attributes:
+    losses: on the evaluation windows.
+    layer_error: mean over linears of sum (Y - Y_hat)^2 / sum Y^2 on the search's tokens, or None.
+    seconds: to quantize.
+  """
+
+  losses: WindowLosses
+  layer_error: float | None
+  seconds: float
+
+  @property
+  def nll(self) -> float:
+    """Nats per token."""
+    return float(self.losses.nll.mean() / self.losses.tokens)
+
+
+def compare_on_language_model(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
+  """Adds the language model's tables, claims and figure."""
+  base = base_model(config.model)
+  windows = evaluation_windows(config, base)
+  if config.zero_shot_tasks:
+    harness_model(base.model, base.tokenizer)  # Fails now if the harness is not installed.
+  draws = {seed: draw(config, base, config.calibration_samples, seed) for seed in config.seeds}
+  variants = {"natural": (base.model, config.seeds[:1])}
+  for gain in config.outlier_gains:
+    variants[f"outliers x{gain:g}"] = gain, config.seeds
+  excess = {}
+  with Progress(console=Console(stderr=True)) as progress:
+    steps = progress.add_task("language model", total=len(variants) + 2)
+    for variant, (model, seeds) in variants.items():
+      models = {seed: outlier_model(base.model, model, seed) for seed in seeds}
+      # Other widths on the last variant only.
+      widths = config.other_bits if variant == list(variants)[-1] else ()
+      excess[variant] = compare_methods(config, variant, models, windows, draws, widths, report)
+      progress.advance(steps)
+    if config.ablations:
+      model = outlier_model(base.model, list(variants.values())[-1][0], config.seeds[0])
+      ablate(config, list(variants)[-1], model, base, windows, report)
+    progress.advance(steps)
+    final_model(config, base, draws[config.seeds[0]], windows, workdir, report)
+    progress.advance(steps)
+  plot_methods(config, excess, workdir, report)
+
+
+def evaluation_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
+  """Windows of every domain's test split, evenly spaced over it, int32 [windows, seq]."""
+  windows = []
+  for domain in config.domains:
+    tokens = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length).tokens
+    count = min(config.eval_windows or len(tokens), len(tokens))
+    windows.append(tokens[np.linspace(0, len(tokens) - 1, count).astype(int)])
+  return np.concatenate(windows)
+
+
+def draw(config: ConfigDict, base: BaseModel, samples: int, seed: int) -> jax.Array:
+  """Calibration text of the training splits, int32 [samples, seq]."""
+  tokens = calibration_samples(
+    ",".join(config.domains),
+    base.tokenizer,
+    num_samples=samples,
+    seq_len=config.calibration_length,
+    seed=seed,
+  )
+  return jnp.asarray(tokens)
+
+
+def outlier_model(base: Decoder, model: Decoder | float, seed: int) -> Decoder:
+  """The model itself, or the base model with outliers of a gain in the seed's channels."""
+  if isinstance(model, Decoder):
+    return model
+  return inject_outliers(base, jax.random.key(seed), gain=model)
+
+
+def float_result(
+  model: Decoder, tokens, windows, settings: FPQSettings, bits: int
+) -> tuple[Result, ModelSearch]:
+  """Quantizes with a search and evaluates."""
+  start = time.perf_counter()
+  search = search_model(model, tokens, settings, embedding_bits=bits)
+  quantized = apply_to_model(model, search, settings, embedding_bits=bits)
+  jax.block_until_ready(quantized)
+  seconds = time.perf_counter() - start
+  errors = [float(linear.output_error) for linear in search.linears.values()]
+  return Result(window_losses(quantized, windows), float(np.mean(errors)), seconds), search
+
+
+def quantize_all(config: ConfigDict, model: Decoder, tokens, windows, bits: int):
+  """Yields (method, Result)."""
+  for name, smoothquant in ((MINMAX_INT, False), (SMOOTHQUANT, True)):
+    start = time.perf_counter()
+    quantized = integer_model(model, tokens, bits, embedding_bits=bits, smoothquant=smoothquant)
+    jax.block_until_ready(quantized)
+    seconds = time.perf_counter() - start
+    yield name, Result(window_losses(quantized, windows), None, seconds)
+  for name, changes in FLOAT_METHODS.items():
+    settings = fpq_settings(config, bits, **changes)
+    yield name, float_result(model, tokens, windows, settings, bits)[0]
+
+
+def compare_methods(
+  config: ConfigDict, variant, models, windows, draws, other_bits, report: Report
+):
+  """The main table of a variant and its claims; returns {method: excess nats by seed}.
+
+  Args:
+    models: {seed: the variant's full-precision model}.
+    windows: evaluation text.
+    draws: {seed: calibration tokens}.
+    other_bits: further widths, on the first seed.
+    report: gets the table.
+  """
+  full = {s: Result(window_losses(m, windows), None, 0.0) for s, m in models.items()}
+  perplexity = lambda results: float(np.mean([r.losses.perplexity for r in results]))
+  rows = [["full precision", "32/32/32", perplexity(full.values()), None, None, None, None]]
+  excess, first = {}, next(iter(models))
+  for bits in (config.bits, *other_bits):
+    main = bits == config.bits
+    results = {}
+    for seed in models if main else [first]:
+      for name, result in quantize_all(config, models[seed], draws[seed], windows, bits):
+        results.setdefault(name, []).append((result, result.nll - full[seed].nll))
+    for name, of_seeds in results.items():
+      found, above = zip(*of_seeds)
+      error = found[0].layer_error
+      rows.append(
+        [
+          name,
+          f"{bits}/{bits}/{bits}",
+          perplexity(found),
+          float(np.std([r.losses.perplexity for r in found], ddof=1)) if len(found) > 1 else None,
+          float(np.mean(above)),
+          None if error is None else float(np.mean([r.layer_error for r in found])),
+          min(r.seconds for r in found),
+        ]
+      )
+      excess[name, bits] = list(above)
+  report.tables.append(
+    Table(
+      f"Language model, {variant}",
+      [
+        "method",
+        "bits E/W/A",
+        Column("perplexity", ".4g"),
+        Column("sd over seeds", ".3g"),
+        Column("nats per token above full precision", "+.4f"),
+        Column("layer error", ".5f"),
+        Column("seconds", ".1f"),
+      ],
+      rows,
+      note=(
+        f"{len(models)} seeds at {config.bits} bits, one at other widths. Layer error: squared error "
+        "of a linear's output over its squared norm, mean over linears, on calibration tokens. "
+        "Seconds: the fastest seed's; with one seed they may include compilation."
+      ),
+    )
+  )
+  if variant != "natural":
+    report.claims.extend(claims(config.bits, other_bits, variant, excess))
+  return {name: values for (name, bits), values in excess.items() if bits == config.bits}
+
+
+def claims(bits: int, other_bits, variant: str, excess) -> list[Claim]:
+  """The paper's order at 4 bits, and that 8 bits cost next to nothing."""
+  setting = f"W{bits}A{bits}, {variant}, nats per token"
+  pairs = ((FPQ, BASELINE), (BASELINE, MINMAX_FP), (FPQ, SMOOTHQUANT), (FPQ, MINMAX_INT))
+  found = [
+    Claim.less(f"{a} loses less than {b} ({setting})", {x: excess[x, bits] for x in (a, b)})
+    for a, b in pairs
+  ]
+  closed = [1 - a / b for a, b in zip(excess[FPQ, bits], excess[BASELINE, bits])]
+  found.append(
+    Claim.greater(
+      f"FPQ closes more than half of the gap between FPQ baseline and full precision (W{bits}A{bits}, "
+      f"{variant}, share)",
+      closed,
+      0.5,
+    )
+  )
+  for other in other_bits:
+    for name in (BASELINE, FPQ):
+      found.append(
+        Claim.less(
+          f"{name} costs less than 0.02 nats per token at W{other}A{other} ({variant})",
+          excess[name, other],
+          0.02,
+        )
+      )
+  return found
+
+
+def ablate(config: ConfigDict, variant, model, base, windows, report: Report) -> None:
+  """FPQ with one thing changed, on the first seed."""
+  seed, bits = config.seeds[0], config.bits
+  tokens = draw(config, base, config.calibration_samples, seed)
+  runs = {FPQ: (tokens, {}), BASELINE: (tokens, {"pre_shifted": False})}
+  runs |= {name: (tokens, changes) for name, changes in ABLATIONS.items()}
+  runs[f"{config.few_samples} calibration samples"] = (
+    draw(config, base, config.few_samples, seed),
+    {},
+  )
+  full = Result(window_losses(model, windows), None, 0.0).nll
+  rows, found = [], {}
+  for name, (calibration, changes) in runs.items():
+    settings = fpq_settings(config, bits, **changes)
+    result, search = float_result(model, calibration, windows, settings, bits)
+    found[name] = result.nll - full
+    rows.append([name, result.losses.perplexity, found[name], result.layer_error])
+  report.tables.append(
+    Table(
+      f"FPQ with one thing changed, {bits}/{bits}/{bits}, {variant}, one seed",
+      [
+        "change",
+        Column("perplexity", ".4g"),
+        Column("nats per token above full precision", "+.4f"),
+        Column("layer error", ".5f"),
+      ],
+      rows,
+    )
+  )
+
+
+def final_model(config: ConfigDict, base: BaseModel, tokens, windows, workdir, report) -> None:
+  """What a user takes home: the saved search, the folded 4-bit model, zero-shot accuracy."""
+  bits = config.bits
+  settings = fpq_settings(config, bits)
+  result, search = float_result(base.model, tokens, windows, settings, bits)
+  search_result.save(workdir / "search.safetensors", search, settings)
+  make = lambda packed: apply_to_model(
+    base.model, search, settings, embedding_bits=bits, packed=packed
+  )
+  folded, simulated = make(True), make(False)
+  text = jnp.asarray(windows[:1])
+  logits = nnx.jit(lambda model: model(text)[0])
+  expected = logits(simulated)
+  difference = jnp.abs(logits(folded) - expected).max() / jnp.abs(expected).max()
+  chosen = lambda formats, field: ", ".join(
+    f"{format} {sum(int(getattr(s, field)) == i for s in search.linears.values())}"
+    for i, format in enumerate(formats)
+  )
+  offsets = np.concatenate([np.asarray(s.offsets) for s in search.linears.values()])
+  report.tables.append(
+    Table(
+      f"The folded model, natural, {bits}/{bits}/{bits}",
+      ["quantity", "value"],
+      [
+        ["linears by weight format", chosen(settings.weight_formats, "weight_format")],
+        ["linears by activation format", chosen(settings.activation_formats, "activation_format")],
+        ["channels with an offset above 0", f"{np.mean(offsets > 0):.1%}"],
+        ["largest difference of folded and simulated logits, relative", f"{float(difference):.2e}"],
+      ],
+      note="Pre-shifted activation codes times folded weight codes, against Q(x) Q(W).",
+    )
+  )
+  if config.zero_shot_tasks:
+    candidates = {"full precision": base.model, FPQ: simulated}
+    for name in (MINMAX_FP, BASELINE):
+      changed = fpq_settings(config, bits, **FLOAT_METHODS[name])
+      found = search_model(base.model, tokens, changed, embedding_bits=bits)
+      candidates[name] = apply_to_model(base.model, found, changed, embedding_bits=bits)
+    for name, smoothquant in ((MINMAX_INT, False), (SMOOTHQUANT, True)):
+      candidates[name] = integer_model(
+        base.model, tokens, bits, embedding_bits=bits, smoothquant=smoothquant
+      )
+    tasks = list(config.zero_shot_tasks)
+    rows = []
+    for name, model in candidates.items():
+      scores = zero_shot(model, base, tasks)
+      rows.append([name, *scores, float(np.mean(scores)), PAPER_LLAMA_7B[name]])
+    columns = [Column(name, ".1f") for name in (*tasks, "average", "paper, LLaMA-7B")]
+    report.tables.append(
+      Table(f"Zero-shot accuracy, {bits}/{bits}/{bits}", ["method", *columns], rows)
+    )
+
+
+def zero_shot(model: Decoder, base: BaseModel, tasks: list[str]) -> list[float]:
+  """Percent right of each task, by EleutherAI's harness (accuracy by length where it has one)."""
+  import lm_eval
+
+  results = lm_eval.simple_evaluate(model=harness_model(model, base.tokenizer), tasks=tasks)
+  if results is None:
+    raise UserError(f"the harness returned no results for {', '.join(tasks)}")
+  scores = [results["results"][task] for task in tasks]
+  return [100 * score.get("acc_norm,none", score.get("acc,none")) for score in scores]
+
+
+def plot_methods(config: ConfigDict, excess, workdir: pathlib.Path, report: Report) -> None:
+  methods = list(next(iter(excess.values())))
+  plots.bar_plot(
+    workdir / "methods.png",
+    methods,
+    {variant: [float(np.mean(of[m])) for m in methods] for variant, of in excess.items()},
+    ylabel="excess loss, nats per token",
+    title=f"{config.bits}/{config.bits}/{config.bits} bits (embeddings/weights/activations)",
+    log=True,
+  )
+  report.figures.append(
+    Figure(
+      "Loss of quantization",
+      "methods.png",
+      "Nats per token above full precision, mean over seeds; logarithmic.",
+    )
+  )

@@ -1,0 +1,244 @@
+"""A pretrained encoder with weights and activations of few bits: embeddings, retrieval, GLUE."""
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from flax import nnx
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from common.checkpoints.huggingface import Checkpoint
+from common.data.retrieval import Collection, load_collection, sample_collection
+from common.data.tokenizer import load_tokenizer
+from common.errors import UserError
+from common.evaluation.items import read_items
+from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
+from common.models.encoder import Encoder
+from common.paths import models_dir
+from common.reporting import plots
+from common.reporting.report import Claim, Column, Figure, Report, Table
+from projects.outlier_suppression_plus.methods import main_methods, settings_of
+from projects.outlier_suppression_plus.outlier_suppression_plus import check_model
+
+Array = jax.Array
+
+
+class Texts(NamedTuple):
+  """Padded texts.
+
+  Attributes:
+    tokens, segment_ids, token_types: int32 [texts, seq]; segment 0 is padding.
+  """
+
+  tokens: np.ndarray
+  segment_ids: np.ndarray
+  token_types: np.ndarray
+
+
+def compare_on_encoder(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
+  """Retrieval with sentence embeddings; or a classification task, if the config names its files."""
+  if bool(config.labelled_train) != bool(config.labelled_test):
+    raise UserError("give both labelled_train and labelled_test, or neither")
+  given = pathlib.Path(config.encoder).expanduser()
+  folder = given if given.is_dir() else models_dir(config.encoder)
+  model, tokenizer = Checkpoint(folder).load_model(), load_tokenizer(str(folder))
+  if not isinstance(model, Encoder):
+    raise UserError(f"encoder={config.encoder!r} is a {type(model).__name__}; expected an encoder")
+  for name in config.encoder_settings:
+    check_model(model, settings_of(config, name))
+  if config.labelled_train:
+    compare_on_task(config, model, tokenizer, report)
+  else:
+    compare_on_retrieval(config, model, tokenizer, workdir, report)
+
+
+def compare_on_retrieval(
+  config: ConfigDict, model: Encoder, tokenizer, workdir: pathlib.Path, report: Report
+) -> None:
+  """Similarity of the embeddings to full precision's, and nDCG@10."""
+  whole = load_collection()
+  collection = sample_collection(whole, config.encoder_queries, config.encoder_documents)
+  calibrations = [calibration_texts(config, whole, collection, tokenizer, s) for s in config.seeds]
+
+  def embed(encoder):
+    texts = collection.queries + collection.documents
+    embeddings = embed_texts(encoder, tokenizer, texts, max_length=config.encoder_length)
+    return np.split(embeddings, [len(collection.queries)])
+
+  full = embed(model)
+  rows = [["full precision", None, 1.0, None, ndcg(full, collection), None]]
+  similarity = {}
+  jobs = [(name, seed) for name in config.encoder_settings for seed in range(len(calibrations))]
+  measured = {}
+  for name, seed in track(jobs, "encoder", console=Console(stderr=True)):
+    texts = calibrations[seed]
+    methods = main_methods(
+      config, settings_of(config, name), texts.segment_ids, hidden_error(texts)
+    )
+    for label in [method for method in config.encoder_methods if method in methods]:
+      method = methods[label]
+      embedded = embed(method(model, texts.tokens))
+      score = embedding_similarity(np.concatenate(embedded), np.concatenate(full))
+      measured.setdefault((name, label), []).append((score, ndcg(embedded, collection)))
+  for (name, label), values in measured.items():
+    mean = np.mean(values, axis=0)
+    spread = np.std(values, axis=0, ddof=1) if len(values) > 1 else (None, None)
+    rows.append([label, name, mean[0], spread[0], mean[1], spread[1]])
+    similarity[name, label] = [value[0] for value in values]
+  report.tables.append(
+    Table(
+      f"{config.encoder}: embeddings and retrieval",
+      [
+        "method",
+        "setting",
+        Column("cosine to full precision", ".4f"),
+        Column("sd", ".4f"),
+        Column("nDCG@10", ".4f"),
+        Column("sd of nDCG", ".4f"),
+      ],
+      rows,
+      note=(
+        f"{len(collection.documents)} documents and {len(collection.queries)} queries of the Vaswani "
+        f"collection; {config.encoder_calibration} other documents calibrate. Mean of "
+        f"{len(calibrations)} calibration draws."
+      ),
+    )
+  )
+  report.claims.extend(retrieval_claims(config, similarity))
+  labels = list(dict.fromkeys(label for _, label in similarity))
+  settings = list(config.encoder_settings)
+  plots.bar_plot(
+    workdir / "encoder.png",
+    settings,
+    {
+      label: [1 - float(np.mean(similarity.get((name, label), [np.nan]))) for name in settings]
+      for label in labels
+    },
+    ylabel="1 - cosine to full precision",
+    title=config.encoder,
+    log=True,
+  )
+  report.figures.append(Figure(f"Embedding error of {config.encoder}", "encoder.png"))
+
+
+def retrieval_claims(config: ConfigDict, similarity) -> list[Claim]:
+  """OS+ against each baseline, on the similarity of each calibration draw."""
+  claims = []
+  for name in config.encoder_settings:
+    for other in config.encoder_methods:
+      if other != "OS+" and (name, other) in similarity:
+        claims.append(
+          Claim.greater(
+            f"OS+'s embeddings are nearer to full precision than {other}'s ({name}, cosine)",
+            {"OS+": similarity[name, "OS+"], other: similarity[name, other]},
+          )
+        )
+  return claims
+
+
+def ndcg(embedded, collection: Collection) -> float:
+  return float(retrieval_ndcg(*embedded, collection).mean())
+
+
+def hidden_error(texts: Texts):
+  """The loss that chooses the baselines' hyper-parameters: mean squared error of the outputs."""
+
+  def loss(model, quantized, tokens):
+    ids = {"segment_ids": texts.segment_ids, "token_types": texts.token_types}
+    error = _hidden(model, tokens, ids) - _hidden(quantized, tokens, ids)
+    mask = (texts.segment_ids != 0)[..., None]
+    return float(jnp.sum(error**2 * mask) / mask.sum())
+
+  return loss
+
+
+@nnx.jit
+def _hidden(model: Encoder, tokens: Array, ids: dict[str, Array]) -> Array:
+  return model(tokens, **ids).hidden
+
+
+def calibration_texts(
+  config: ConfigDict, whole: Collection, sampled: Collection, tokenizer, seed: int
+) -> Texts:
+  """Documents that are not in the sampled collection."""
+  kept = set(sampled.documents)
+  others = [text for text in whole.documents if text not in kept]
+  chosen = np.random.default_rng(seed).choice(len(others), config.encoder_calibration, False)
+  return encode(tokenizer, [(others[i],) for i in chosen], config.encoder_length)
+
+
+def encode(tokenizer: tokenizers.Tokenizer, texts: list[tuple[str, ...]], length: int) -> Texts:
+  """Texts, or pairs of texts, padded on the right to the longest of them."""
+  encoder = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+  encoder.enable_truncation(length)
+  encoder.no_padding()
+  encodings = encoder.encode_batch([t if len(t) == 2 else t[0] for t in texts])
+  shape = len(texts), max(len(e.ids) for e in encodings)
+  tokens, segment_ids, types = (np.zeros(shape, np.int32) for _ in range(3))
+  for i, e in enumerate(encodings):
+    count = len(e.ids)
+    tokens[i, :count], segment_ids[i, :count], types[i, :count] = e.ids, 1, e.type_ids
+  return Texts(tokens, segment_ids, types)
+
+
+def compare_on_task(config: ConfigDict, model: Encoder, tokenizer, report: Report) -> None:
+  """A GLUE task: accuracy, F1 and Matthews correlation of a fine-tuned classifier."""
+  if model.config.head != "sequence":
+    raise UserError(
+      f"encoder={config.encoder!r} has head={model.config.head!r}; a classification task needs a "
+      "fine-tuned model with a sequence head"
+    )
+  fields = tuple(config.labelled_fields)
+  known = {label: i for i, label in enumerate(model.config.labels)}
+
+  def check(item):
+    if item[fields[-1]] not in known:
+      return f"the label {item[fields[-1]]!r} is none of the model's, {', '.join(known)}"
+
+  def read(path, count=None):
+    items = read_items(path, fields, check)[:count]
+    texts = encode(
+      tokenizer, [tuple(i[f] for f in fields[:-1]) for i in items], config.encoder_length
+    )
+    return texts, np.array([known[item[fields[-1]]] for item in items])
+
+  calibration, _ = read(config.labelled_train, config.encoder_calibration)
+  test, labels = read(config.labelled_test)
+
+  def row(label, setting, model):
+    found = predict(model, test)
+    scores = accuracy_score(labels, found), f1_score(labels, found, average="macro")
+    return [label, setting, *scores, matthews_corrcoef(labels, found)]
+
+  rows = [row("full precision", None, model)]
+  for name in config.encoder_settings:
+    settings = settings_of(config, name)
+    methods = main_methods(config, settings, calibration.segment_ids, hidden_error(calibration))
+    for label in [method for method in config.encoder_methods if method in methods]:
+      rows.append(row(label, name, methods[label](model, calibration.tokens)))
+  columns = [Column(c, ".4f", better="higher") for c in ("accuracy", "macro F1", "Matthews")]
+  title = f"{config.encoder} on {pathlib.Path(config.labelled_test).name}"
+  report.tables.append(Table(title, ["method", "setting", *columns], rows))
+
+
+def predict(model: Encoder, texts: Texts, batch_size: int = 32) -> np.ndarray:
+  """Classes, int [texts]."""
+  count = len(texts.tokens)
+  # The last batch is filled up, so that one compilation serves all.
+  rows = np.concatenate([np.arange(count), np.zeros(-count % batch_size, int)])
+  found = []
+  for chosen in rows.reshape(-1, batch_size):
+    ids = {"segment_ids": texts.segment_ids[chosen], "token_types": texts.token_types[chosen]}
+    found.append(_logits(model, texts.tokens[chosen], ids).argmax(axis=-1))
+  return np.concatenate(found)[:count]
+
+
+@nnx.jit
+def _logits(model: Encoder, tokens: Array, ids: dict[str, Array]) -> Array:
+  return model(tokens, **ids).logits

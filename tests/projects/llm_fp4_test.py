@@ -1,0 +1,442 @@
+"""LLM-FP4: vectors of the official search, the card's invariants, bad input and the tiny run."""
+
+import functools
+import itertools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from common.errors import UserError
+from common.models.encoder import Encoder, EncoderConfig
+from common.models.surgery import get_module, linear_paths
+from common.models.vit import VisionTransformer
+from common.quantization import float_format
+from common.quantization.calibration import quantize_model
+from common.quantization.float_format import FloatFormat
+from projects.llm_fp4 import config, experiment, llm_fp4, models, search_result
+from projects.llm_fp4.compile_steps import compile_steps
+from projects.llm_fp4.layers import FPQLinear, fold
+from projects.llm_fp4.llm_fp4 import FPQSettings
+from projects.llm_fp4.vision_experiment import vit_config
+from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
+
+GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "llm_fp4" / "layer_search.npz")
+METHODS = {
+  "minmax": {"pre_shifted": False, "format_search": False, "max_search": False},
+  "baseline": {"pre_shifted": False},
+  "fpq": {},
+}
+SMALL = FPQSettings(grid_size=3, rounds=1, tokens=32)
+search_linear = jax.jit(llm_fp4.search_linear, static_argnums=3)
+
+
+def layer(seed: int = 0, tokens: int = 24, channels: int = 6, outputs: int = 4):
+  """Weights [in, out] and inputs [tokens, in] whose channels differ in size."""
+  rng = np.random.default_rng(seed)
+  w = rng.normal(size=(channels, outputs)) / 2
+  x = rng.normal(size=(tokens, channels)) * 2.0 ** rng.uniform(-2, 4, channels)
+  return jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
+
+
+def official_bias(format: FloatFormat, maximum):
+  """The official code's, where m is a tensor of integers: torch gives 2^-m = 0 there."""
+  return 2.0**format.exponent_bits - jnp.log2(maximum)
+
+
+def official_fake_quantize(x, format: FloatFormat, bias):
+  """For the same reason it clips at 2^(2^e - b), one value more than the format has."""
+  largest = jnp.exp2(2**format.exponent_bits - bias)
+  x = jnp.clip(x, -largest, largest)
+  exponent = jnp.maximum(jnp.floor(jnp.log2(jnp.abs(x)) + bias), 1)
+  step = jnp.exp2(exponent - format.mantissa_bits - bias)
+  return jnp.round(x / step) * step
+
+
+def golden_layer():
+  return jnp.asarray(GOLDEN["weight"]).T, jnp.asarray(GOLDEN["x"]).reshape(-1, 12)
+
+
+def golden(method, bits, name):
+  return GOLDEN[f"{method}_b{bits}_{name}"]
+
+
+@pytest.mark.parametrize(
+  "method, bits", [("minmax", 4), ("minmax", 6), ("baseline", 4), ("baseline", 6)]
+)
+def test_search_of_the_official_code(method, bits, monkeypatch):
+  """Min-max and the FPQ baseline, exactly.
+
+  In the official search candidates are clipped rightly, and the partner (the weights in use while
+  activations are searched, and the other way round) is clipped a value too late.
+  """
+  settings = FPQSettings(bits, bits, **METHODS[method])
+  if method == "minmax":
+    monkeypatch.setattr(float_format, "bias_for", official_bias)
+  for name in ("_current_input", "_current_kernel"):
+    partner = getattr(llm_fp4, name)
+
+    def clipped_late(*arguments, partner=partner):
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(float_format, "fake_quantize", official_fake_quantize)
+        return partner(*arguments)
+
+    monkeypatch.setattr(llm_fp4, name, clipped_late)
+  w, x = golden_layer()
+  search = jax.jit(lambda w, x: llm_fp4.search_linear(w, x, jnp.abs(x).max(axis=0), settings))(w, x)
+  weight_format = settings.weight_formats[int(search.weight_format)]
+  activation_format = settings.activation_formats[int(search.activation_format)]
+  assert weight_format.mantissa_bits == golden(method, bits, "w_mantissa")
+  assert activation_format.mantissa_bits == golden(method, bits, "a_mantissa")
+  np.testing.assert_allclose(search.weight_bias, golden(method, bits, "w_bias"), rtol=1e-5)
+  rho = golden(method, bits, "a_interval")[0]
+  np.testing.assert_allclose(search.tensor_bias, rho, rtol=1e-5)
+  kernel = official_fake_quantize(w, weight_format, search.weight_bias)
+  rounded = official_fake_quantize(x, activation_format, search.activation_bias)
+  for found, name in ((kernel.T, "wq"), (rounded, "xq")):
+    expected = golden(method, bits, name).reshape(found.shape)
+    # Entries on a tie may fall to either side.
+    assert (~np.isclose(found, expected, rtol=1e-5, atol=1e-7)).mean() < 0.01
+  mse = float(search.output_error * jnp.mean((x @ w) ** 2))
+  assert mse == pytest.approx(float(golden(method, bits, "mse")), rel=1e-3)
+
+
+@pytest.mark.parametrize("bits, gamma_index", [(4, 99), (6, 79)])
+def test_steps_of_the_official_pre_shifted_search(bits, gamma_index):
+  """Each step of FPQ, given the official partner.
+
+  The official code updates the activations' bias a step late, so its path is not ours: its last
+  weights were searched with gamma 99 (of 0 ... 99; 79 at six bits), which it then replaced.
+  """
+  settings = FPQSettings(bits, bits)
+  w, x = golden_layer()
+  problem = llm_fp4._problem(w, x, jnp.abs(x).max(axis=0), settings)
+  formats = [[f.mantissa_bits for f in settings.weight_formats].index(int(golden("fpq", bits, k)))
+             for k in ("w_mantissa", "a_mantissa")]  # fmt: skip
+  weight_format, activation_format = map(jnp.int32, formats)
+  channels = problem.channel_bias[activation_format]
+  np.testing.assert_allclose(channels, golden("fpq", bits, "a_bias_channel"), atol=1e-5)
+  tensor_bias = settings.gammas[gamma_index] * problem.tensor_start
+  choice = llm_fp4._Choice(problem.weight_start, weight_format, tensor_bias, activation_format)
+  step = lambda step: jax.jit(lambda p, c: getattr(llm_fp4, step)(p, c, settings))
+  choice = step("_search_weight_bias")(problem, choice)
+  found = choice.weight_bias[weight_format]
+  np.testing.assert_allclose(found, golden("fpq", bits, "w_bias"), rtol=1e-5)
+  choice = step("_search_tensor_bias")(problem, choice)
+  rho = choice.tensor_bias[activation_format]
+  np.testing.assert_allclose(rho, golden("fpq", bits, "a_interval")[0], rtol=1e-5)
+  search = llm_fp4._result(problem, choice, settings)
+  rounded = llm_fp4.quantize(
+    x, settings.activation_formats, activation_format, search.activation_bias
+  )
+  expected = golden("fpq", bits, "xq").reshape(x.shape)
+  largest = float_format.max_value(
+    settings.activation_formats[int(activation_format)], search.activation_bias
+  )
+  inside = np.asarray(jnp.abs(x) <= largest)
+  assert (~np.isclose(rounded, expected, rtol=1e-5, atol=1e-7))[inside].mean() < 0.01
+
+
+def test_the_whole_search_is_no_worse_than_the_official_one():
+  w, x = golden_layer()
+  search = search_linear(w, x, jnp.abs(x).max(axis=0), FPQSettings())
+  assert float(search.output_error * jnp.mean((x @ w) ** 2)) <= golden("fpq", 4, "mse")
+
+
+def values_of(format: FloatFormat, bias: float) -> np.ndarray:
+  codes = jnp.arange(2**format.bits).astype(format.dtype)
+  return np.unique(np.asarray(float_format.decode(codes, format, bias)))
+
+
+def test_values_of_the_four_bit_formats():
+  e3m0, e2m1, e1m2 = llm_fp4.float_formats(4)
+  positive = lambda f, b: values_of(f, b)[values_of(f, b) > 0]
+  np.testing.assert_array_equal(positive(e2m1, 1.0), [0.5, 1, 1.5, 2, 3, 4, 6])
+  codes = np.arange(8, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+  np.testing.assert_array_equal(positive(e2m1, 1.0), codes[codes > 0])
+  np.testing.assert_array_equal(positive(e1m2, 0.0), np.arange(1, 8) / 2)
+  np.testing.assert_array_equal(positive(e3m0, 2.0), 2.0 ** np.arange(-1, 6))
+  for bits in llm_fp4.MANTISSA_BITS:
+    for format in llm_fp4.float_formats(bits):
+      assert format.bits == bits and len(values_of(format, 1.0)) <= 2**bits - 1
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def quantize(x, bits, index, bias):
+  return llm_fp4.quantize(x, llm_fp4.float_formats(bits), index, bias)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_quantizer(bits):
+  """Every format through one program: as in common, idempotent, odd, monotone, shift identity."""
+  x = jnp.sort(jnp.asarray(np.random.default_rng(0).normal(size=200) * 4, jnp.float32))
+  for index, format in enumerate(llm_fp4.float_formats(bits)):
+    bias = float(float_format.bias_for(format, jnp.float32(3.0)))
+    found = quantize(x, bits, index, bias)
+    np.testing.assert_allclose(found, float_format.fake_quantize(x, format, bias), rtol=1e-6)
+    np.testing.assert_allclose(quantize(found, bits, index, bias), found, rtol=1e-6)
+    np.testing.assert_array_equal(quantize(-x, bits, index, bias), -found)
+    assert (jnp.diff(found) >= -1e-6).all()
+    assert float(jnp.abs(found).max()) == pytest.approx(3.0, rel=1e-6)
+    for k in (-2, 3):
+      shifted = quantize(jnp.ldexp(x, k), bits, index, bias - k)
+      np.testing.assert_allclose(jnp.ldexp(shifted, -k), found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rounding", ["separate", "difference"])
+def test_offsets(rounding):
+  settings = FPQSettings(offset_rounding=rounding)
+  channels = jnp.array([-1.4, 0.2, 0.7, 1.6, 9.0])
+  rho = channels.min()
+  found = np.asarray(llm_fp4.exponent_offsets(channels, rho, 3.0, settings))
+  by_hand = {"separate": [0, 1, 2, 3, 3], "difference": [0, 2, 2, 3, 3]}
+  np.testing.assert_array_equal(found, by_hand[rounding])
+  for gamma in (0.1, 0.7, 1.2):
+    o = np.asarray(llm_fp4.exponent_offsets(channels, gamma * rho, 3.0, settings))
+    assert ((0 <= o) & (o <= 3) & (o == np.round(o))).all()
+
+
+def test_candidates_on_either_grid():
+  start = jnp.array([[2.0, -1.0], [0.5, 3.0]])  # [formats, channels]
+  gammas = 0.01 + np.arange(100) * 1.19 / 100
+  assert gammas[-1] < 1.2 and len(FPQSettings().gammas) == 100
+  on_bias = llm_fp4.candidate_biases(start, FPQSettings())
+  np.testing.assert_allclose(on_bias, gammas[:, None] * start[:, None], rtol=1e-5, atol=1e-6)
+  on_maximum = llm_fp4.candidate_biases(start, FPQSettings(param="maxval_gamma"))
+  e2m1 = FloatFormat(2, 1)
+  expected = gammas[:, None] * float_format.max_value(e2m1, start)[:, None]
+  np.testing.assert_allclose(float_format.max_value(e2m1, on_maximum), expected, rtol=1e-4)
+
+
+def test_search_against_trying_everything():
+  """The last steps' choices are the best of all formats and gammas, tried one by one."""
+  settings = FPQSettings(grid_size=9, rounds=9)
+  w, x = layer()
+  x_max = jnp.abs(x).max(axis=0)
+  search = search_linear(w, x, x_max, settings)
+  x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
+  y = x64 @ w64
+  formats = llm_fp4.float_formats(4)
+  gammas = 0.01 + np.arange(9) * 1.19 / 9
+  rounded = lambda a, f, b: np.asarray(
+    float_format.fake_quantize(a, f, jnp.asarray(b, jnp.float32)), np.float64
+  )
+  best = {}
+  xq = rounded(x, formats[int(search.activation_format)], search.activation_bias)
+  for i, format in enumerate(formats):
+    start = np.asarray(float_format.bias_for(format, jnp.abs(w).max(axis=0)))
+    tried = [((y - xq @ rounded(w, format, g * start)) ** 2).mean(axis=0) for g in gammas]
+    best[i] = np.min(tried, axis=0)
+  # A fixed point: the weights are the best of all for the activations that were found.
+  total = {i: losses.mean() for i, losses in best.items()}
+  assert min(total, key=total.get) == int(search.weight_format)
+  wq = np.asarray(llm_fp4.quantized_kernel(w, search, settings), np.float64)
+  np.testing.assert_allclose(((y - xq @ wq) ** 2).mean(axis=0), best[int(search.weight_format)],
+                             rtol=1e-4)  # fmt: skip
+  found = float(search.output_error) * (y**2).mean()
+  for format, g in itertools.product(formats, gammas):
+    channel = np.asarray(float_format.bias_for(format, x_max))
+    rho = g * channel.min()
+    low = np.round(rho)
+    largest = low + 2**format.exponent_bits - 1
+    offsets = np.clip(np.round(channel), low, largest) - low
+    tried = ((y - rounded(x, format, rho + offsets) @ wq) ** 2).mean()
+    assert found <= tried * (1 + 1e-4), (format, g)
+
+
+def test_gamma_1_and_a_fixed_format_are_min_max():
+  w, x = layer()
+  search = search_linear(w, x, jnp.abs(x).max(axis=0), FPQSettings(**METHODS["minmax"]))
+  e2m1 = FloatFormat(2, 1)
+  np.testing.assert_allclose(
+    search.weight_bias, float_format.bias_for(e2m1, jnp.abs(w).max(axis=0)), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    search.activation_bias, float_format.bias_for(e2m1, jnp.abs(x).max()), rtol=1e-6
+  )
+
+
+def linear_of(w) -> nnx.Linear:
+  linear = nnx.Linear(*w.shape, rngs=nnx.Rngs(0))
+  linear.kernel[...], linear.bias[...] = w, jnp.arange(float(w.shape[1]))
+  return linear
+
+
+@pytest.mark.parametrize("how", ["exact", "requantize"])
+def test_folded_layer_equals_the_simulated_one(how):
+  settings = FPQSettings(grid_size=5, fold=how)
+  w, x = layer()
+  search = search_linear(w, x, jnp.abs(x).max(axis=0), settings)
+  assert int(search.offsets.max()) > 0
+  linear = linear_of(w)
+  simulated, folded = FPQLinear(linear, search, settings), fold(linear, search, settings)
+  assert folded.values[...].dtype == jnp.uint4 and folded.encode_input(x).dtype == jnp.uint4
+  # Float32 sums of a few terms as large as the outputs.
+  scale = float(jnp.abs(simulated(x)).max())
+  np.testing.assert_allclose(folded(x), simulated(x), atol=2e-6 * scale)
+  error = float(jnp.sum((simulated(x) - linear(x)) ** 2) / jnp.sum((x @ w) ** 2))
+  assert error == pytest.approx(float(search.output_error), rel=1e-3)
+
+
+def test_channels_of_zeros_stay_zeros():
+  w, x = layer()
+  w, x = w.at[:, 1].set(0), x.at[:, 2].set(0)
+  search = search_linear(w, x, jnp.abs(x).max(axis=0), FPQSettings(grid_size=5))
+  assert all(np.isfinite(value).all() for value in search)
+  y = FPQLinear(linear_of(w), search, FPQSettings(grid_size=5))(x)
+  assert np.isfinite(y).all() and (y[:, 1] == 1).all()
+
+
+def test_table_search_is_the_best_of_all():
+  table, _ = layer(channels=20, outputs=8)
+  index, bias, errors = jax.jit(llm_fp4.search_table, static_argnums=(1, 2))(
+    table, 4, FPQSettings(grid_size=7)
+  )
+  assert errors.shape == (3, 7)
+  rounded = llm_fp4.quantize(table, llm_fp4.float_formats(4), index, bias)
+  assert float(jnp.mean((table - rounded) ** 2)) == pytest.approx(float(errors.min()), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return random_decoder(ARCHITECTURES["qwen2, grouped-query"])  # Biases; a tied head.
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+  return jnp.asarray(random_tokens(model.config, 3, 16))
+
+
+@pytest.fixture(scope="module")
+def found(model, tokens):
+  return models.search_model(model, tokens, SMALL, embedding_bits=4)
+
+
+def test_every_linear_head_and_table_is_quantized(model, tokens, found):
+  quantized = models.apply_to_model(model, found, SMALL, embedding_bits=4)
+  assert linear_paths(quantized) == [] and set(found.linears) == {
+    "lm_head", *(path for path in linear_paths(model))
+  }  # fmt: skip
+  assert len(np.unique(quantized.embed_tokens.embedding[...])) <= 15
+  assert linear_paths(model) and model.lm_head is None  # The original is as it was.
+
+
+def test_blocks_stream(model, tokens, found):
+  """`quantize_block` one block at a time gives what the search of the whole model gives."""
+  quantize_block = lambda index, *arguments: models.quantize_block(*arguments, SMALL)
+  streamed = quantize_model(model, tokens, quantize_block, stream="full_precision")
+  whole = models.apply_to_model(model, found, SMALL, embedding_bits=None)
+  for i, path in ((0, "attention.k_proj"), (1, "mlp.down_proj")):
+    a, b = get_module(streamed.blocks[i], path), get_module(whole.blocks[i], path)
+    np.testing.assert_array_equal(a.kernel[...], b.kernel[...])
+    np.testing.assert_array_equal(a.activation_bias[...], b.activation_bias[...])
+
+
+def test_a_saved_search_is_the_same_search(found, tmp_path):
+  search_result.save(tmp_path / "s.safetensors", found, SMALL)
+  loaded, settings = search_result.load(tmp_path / "s.safetensors")
+  assert settings == SMALL and loaded.linears.keys() == found.linears.keys()
+  jax.tree.map(np.testing.assert_array_equal, loaded, found)
+  (tmp_path / "bad").write_bytes(b"1234")
+  with pytest.raises(UserError, match="not an FPQ search result"):
+    search_result.load(tmp_path / "bad")
+  with pytest.raises(UserError, match="does not exist"):
+    search_result.load(tmp_path / "none")
+
+
+def test_encoder_and_vision_classifiers_have_their_heads_quantized():
+  """And padding is not calibrated on: another token there changes nothing."""
+  encoder = Encoder(
+    EncoderConfig(
+      vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4,
+      max_position_embeddings=16, pooler=True, head="sequence", labels=("a", "b"),
+    ),
+    rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  tokens = jnp.asarray(random_tokens(encoder.config, 3, 16))
+  segment_ids = jnp.ones_like(tokens).at[1, 10:].set(0)
+  search = functools.partial(models.search_model, encoder, settings=SMALL, embedding_bits=4)
+  first = search(tokens, segment_ids=segment_ids)
+  second = search(tokens.at[1, 12].set(5), segment_ids=segment_ids)
+  assert {"pooler", "sequence_classifier"} < set(first.linears)
+  jax.tree.map(np.testing.assert_array_equal, first, second)
+  vit = VisionTransformer(vit_config(32), rngs=nnx.Rngs(0))
+  images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+  quantized = models.fpq(vit, images, SMALL, embedding_bits=None)
+  assert linear_paths(quantized) == [] and isinstance(quantized.classifier, FPQLinear)
+  assert np.isfinite(quantized(images).logits).all()
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"weight_bits": 5}, "weight_bits=5 is not supported; supported: 4, 6, 8"),
+    ({"metric": "kl"}, "metric='kl' is not supported; supported: l2, l1, cosine, pearson"),
+    ({"param": "x"}, "param='x' is not supported"),
+    ({"fold": "x"}, "fold='x' is not supported"),
+    ({"rounds": 0}, "must be positive"),
+  ],
+)
+def test_unsuitable_settings_are_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    FPQSettings(**changes)
+
+
+def test_bad_models_and_searches_are_refused(model, tokens, found):
+  broken = nnx.clone(model)
+  kernel = broken.blocks[1].mlp.up_proj.kernel
+  kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
+  with pytest.raises(UserError, match=r"blocks.1.mlp.up_proj.kernel.*NaN"):
+    models.search_model(broken, tokens, SMALL, embedding_bits=4)
+  with pytest.raises(UserError, match="a Linear is not supported; expected a decoder"):
+    models.search_model(linear_of(jnp.ones((2, 2))), tokens, SMALL, embedding_bits=4)
+  wrong = {"blocks.0.mlp.gone": found.linears["lm_head"]}
+  with pytest.raises(UserError, match="of blocks.0.mlp.gone, 32 x 64, is not of this model"):
+    models.apply_search(nnx.clone(model), wrong, SMALL)
+  options = config.get_config("tiny")
+  options.model, options.vision_epochs = "", 0
+  with pytest.raises(UserError, match="nothing to do"):
+    experiment.run(options, pathlib.Path("."))
+
+
+def test_metrics():
+  y = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3)), jnp.float32)
+  other = y + 0.1 * jnp.asarray(np.random.default_rng(1).normal(size=(50, 3)), jnp.float32)
+  a, b = np.asarray(y, np.float64), np.asarray(other, np.float64)
+  expected = {
+    "l2": ((a - b) ** 2).mean(axis=0),
+    "l1": abs(a - b).mean(axis=0),
+    "cosine": [1 - p @ q / np.linalg.norm(p) / np.linalg.norm(q) for p, q in zip(a.T, b.T)],
+    "pearson": [1 - np.corrcoef(p, q)[0, 1] for p, q in zip(a.T, b.T)],
+  }
+  for name, metric in llm_fp4.METRICS.items():
+    np.testing.assert_allclose(metric(y, other), expected[name], rtol=1e-2, atol=1e-6)
+
+
+def test_tiny_run(tmp_path):
+  report = experiment.run(config.get_config("tiny"), tmp_path)
+  assert (tmp_path / "methods.png").stat().st_size > 0
+  assert (tmp_path / "search.safetensors").exists()
+  rows = {row[0]: row for row in report.tables[0].rows}
+  assert rows["FPQ"][1] == "4/4/4" and all(np.isfinite(row[2]) for row in rows.values())
+  assert len(report.claims) == 5
+
+
+def test_steps_to_compile_are_abstract():
+  options = config.get_config("paper")
+  steps = compile_steps(options, jax.devices())
+  assert [step.name.split(",")[0] for step in steps] == [
+    "search of q_proj",
+    "search of up_proj",
+    "search of down_proj",
+    "score",
+    "decode",
+  ]
+  for step in steps:
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(step.arguments))
+  assert steps[1].arguments[1].shape == (32 * 1024, 4096)
+  jax.eval_shape(steps[-1].function, *steps[-1].arguments)

@@ -1,0 +1,497 @@
+"""Outlier Suppression+: vectors of the reference code, the card's invariants, and the tiny run."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from flax import nnx
+
+from apps import parity
+from common.checkpoints.huggingface import Checkpoint
+from common.errors import UserError
+from common.models.decoder import Decoder, make_context
+from common.models.encoder import Encoder, EncoderConfig
+from common.models.outliers import inject_outliers
+from common.models.surgery import get_module
+from common.quantization.activations import ActivationFormat, QuantizedInput
+from common.quantization.attention import QuantizedAttention
+from common.quantization.calibration import quantize_blocks
+from common.quantization.linear import QuantizedLinear
+from common.quantization.quantized_array import IntegerFormat
+from projects.outlier_suppression_plus import config as osp_config
+from projects.outlier_suppression_plus import encoder_experiment, experiment
+from projects.outlier_suppression_plus import outlier_suppression_plus as osp
+from projects.outlier_suppression_plus.methods import main_methods, settings_of
+from projects.outlier_suppression_plus.outlier_suppression import (
+  clipping_quantiles,
+  least_loss,
+  token_wise_range,
+)
+from projects.outlier_suppression_plus.post_norm import PostNormBlock
+from projects.outlier_suppression_plus.shift_and_scale import (
+  channel_range,
+  channel_shift,
+  fake_quantize_weights,
+  linear_outputs,
+  quantization_loss,
+  quantize_weights,
+  search_scale,
+  threshold_scale,
+)
+from projects.outlier_suppression_plus.sites import ShiftAndScale, sites, takes_shift
+from tests.common.models.small_decoders import (
+  ARCHITECTURES,
+  random_decoder,
+  random_encoder_decoder,
+  random_module,
+  random_tokens,
+)
+
+TESTS = pathlib.Path(__file__).parents[1]
+GOLDEN = TESTS / "golden" / "outlier_suppression_plus" / "migration_search.npz"
+CHECKPOINTS = TESTS / "golden" / "hf_checkpoints"
+
+STATIC = osp.Settings(
+  IntegerFormat(6), ActivationFormat(6, "per_tensor"), lower_fraction=0.01, search_samples=4
+)
+FORMATS = {
+  "int6_static": (STATIC.weights, STATIC.activations),
+  "int8_sym": (
+    IntegerFormat(8, axis=None, symmetric=True),
+    ActivationFormat(8, "per_tensor", symmetric=True),
+  ),
+  "int4_token": (IntegerFormat(4), ActivationFormat(4)),
+}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def search_and_loss(outputs, x, kernels, mask, weights, activations):
+  """The search, and the loss of threshold 3."""
+  low, high = channel_range(x)
+  found = search_scale(outputs, x, kernels, mask, low, high, weights, activations)
+  scale, threshold = threshold_scale(low, high, jnp.float32(3)), jnp.float32(3)
+  target = outputs(x, kernels)
+  return found, quantization_loss(
+    outputs, target, x, kernels, mask, scale, threshold, weights, activations
+  )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+  """These programs run once: to compile them takes far longer than to run them."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def golden():
+  with np.load(GOLDEN) as file:
+    return dict(file)
+
+
+def golden_attention(num_heads, bias, x, kernels):
+  """Joint q, k, v and causal attention before the output projection, from the formula."""
+  heads = lambda y: y.reshape(*y.shape[:2], num_heads, -1).swapaxes(1, 2)
+  query, key, value = map(heads, jnp.split(x @ kernels["qkv"] + bias, 3, axis=-1))
+  scores = query @ key.swapaxes(2, 3) / query.shape[-1] ** 0.5
+  scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, -jnp.inf)
+  return (jax.nn.softmax(scores) @ value).swapaxes(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("site", ("fc1", "qkv"))
+def test_search_of_the_reference_code(golden, site, name):
+  shift = channel_shift(jnp.asarray(golden["x"]))
+  np.testing.assert_allclose(shift, golden["shift"], rtol=1e-6)
+  x, mask = jnp.asarray(golden["x"]) - shift, jnp.asarray(golden["mask"], jnp.float32)[..., None]
+  kernels = {site: jnp.asarray(golden[f"w_{site}"]).T}
+  outputs = linear_outputs
+  if site == "qkv":
+    # The loss sees the bias that has made good the shift already.
+    bias = jnp.asarray(golden["b_qkv"]) + shift @ kernels["qkv"]
+    outputs = functools.partial(golden_attention, int(golden["num_heads"]), bias)
+  found, loss = search_and_loss(outputs, x, kernels, mask, *FORMATS[name])
+  # The grid's steps are summed in another order; the scales of one threshold differ by rounding.
+  np.testing.assert_allclose(found.scale, golden[f"{site}_{name}_scale"], rtol=1e-5)
+  if site == "fc1":
+    np.testing.assert_allclose(found.loss_unscaled, golden[f"fc1_{name}_loss_noscale"], rtol=1e-4)
+  np.testing.assert_allclose(loss, golden[f"{site}_{name}_loss_t3"], rtol=1e-4)
+  assert float(found.loss) <= float(found.loss_unscaled)
+
+
+def test_shift_and_scale():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(3, 50, 8)) * np.exp(rng.normal(size=8)) + 40 * rng.normal(size=8)
+  x = jnp.asarray(x, jnp.float32)
+  shift = channel_shift(x)
+  low, high = channel_range(x - shift)
+  np.testing.assert_allclose(high, -low, atol=2e-5)  # Of values up to 100, in float32.
+  # The tensor's range is now that of its widest channel.
+  before_low, before_high = channel_range(x)
+  widest = float((before_high - before_low).max())
+  np.testing.assert_allclose(high.max() - low.min(), widest, rtol=1e-5)
+  assert float(before_high.max() - before_low.min()) > 1.5 * widest
+  threshold = jnp.float32(np.median(high))
+  scale = threshold_scale(low, high, threshold)
+  assert float(scale.min()) == 1
+  inside = np.asarray((high <= threshold) & (low >= -threshold))
+  np.testing.assert_array_equal(np.asarray(scale) == 1, inside)
+  assert inside.any() and not inside.all()
+  assert float(jnp.abs((x - shift) / scale).max()) <= float(threshold) * (1 + 1e-6)
+  np.testing.assert_array_equal(threshold_scale(low, high, jnp.abs(x - shift).max()), 1)
+  # A constant vector is taken off again: the same x~.
+  moved = x + jnp.arange(8.0) * 3
+  np.testing.assert_allclose(moved - channel_shift(moved), x - shift, atol=2e-5)
+  for statistic, numpy in (("mean", np.mean), ("median", np.median)):
+    flat = np.asarray(x).reshape(-1, 8)
+    np.testing.assert_allclose(channel_shift(x, statistic), numpy(flat, axis=0), atol=1e-5)
+
+
+def test_search_against_every_threshold_on_one_head():
+  one_head = dataclasses.replace(ARCHITECTURES["opt"], num_heads=1, num_kv_heads=1, head_dim=32)
+  block = random_decoder(dataclasses.replace(one_head, num_layers=1)).blocks[0]
+  positions = jnp.arange(12)[None]
+  context = make_context(one_head, positions, jnp.ones_like(positions))[0]
+  x = jax.random.normal(jax.random.key(0), (2, 12, 32)).at[..., 3].multiply(30.0)
+  low, high = channel_range(x)
+  site = sites(one_head)[0]
+  graphdef, state = nnx.split(block.attention)
+  formats = FORMATS["int4_token"]
+  found = osp.search_site(
+    graphdef, state, x, context, low, high, site, "output", *formats, 1.0, 1.0
+  )
+  outputs, kernels = osp.site_outputs(graphdef, state, context, site, "output")
+  target, mask = outputs(x, kernels), jnp.ones((2, 12, 1))
+  largest = float(jnp.abs(x).max())
+  count = max(100, int(largest / 0.5))
+  assert count > 100  # The grid is as fine as the activations are large.
+  thresholds = largest - jnp.arange(count + 1) * ((largest - 1) / count)
+  loss = lambda t: quantization_loss(
+    outputs, target, x, kernels, mask, threshold_scale(low, high, t), t, *formats
+  )
+  losses = np.asarray(jax.jit(lambda ts: jax.lax.map(loss, ts))(thresholds))
+  np.testing.assert_allclose(found.loss, losses.min(), rtol=1e-4)
+  np.testing.assert_allclose(found.threshold, thresholds[losses.argmin()], rtol=1e-5)
+  assert losses.min() < 0.9 * losses[0]
+  # The target is what the attention gives to its output projection.
+  by_hand = target @ block.attention.o_proj.kernel[...] + block.attention.o_proj.bias[...]
+  np.testing.assert_allclose(block.attention(x, context)[0], by_hand, atol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def packed_and_rounded(w, format):
+  return quantize_weights(w, format), fake_quantize_weights(w, format)
+
+
+def test_weights_are_on_a_grid_that_has_zero():
+  w = jax.random.normal(jax.random.key(0), (32, 8)) + jnp.linspace(-5, 5, 8)
+  for format in (
+    IntegerFormat(4),
+    IntegerFormat(4, 16),
+    IntegerFormat(8, axis=None, symmetric=True),
+  ):
+    packed, rounded = packed_and_rounded(w, format)
+    np.testing.assert_array_equal(packed.dequantize(), rounded)
+    groups = w.reshape(packed.scales.shape[0], -1, w.shape[1])
+    scales = jnp.broadcast_to(packed.scales, (packed.scales.shape[0], w.shape[1]))[:, None]
+    codes = np.asarray(rounded.reshape(groups.shape) / scales)
+    np.testing.assert_allclose(codes, np.round(codes), atol=1e-4)
+    # Columns of one sign are not saturated, because their range contains 0.
+    step = float(jnp.max(scales))
+    assert float(jnp.abs(rounded - w).max()) <= step * 1.01
+
+
+FAMILIES = (
+  "opt",
+  "opt_post",
+  "bloom6",
+  "llama",
+  "llama_gqa_tied",
+  "qwen2",
+  "gpt2",
+  "gpt_neox",
+  "bert_sequence",
+  "roberta_masked_lm_left",
+)
+
+
+def any_shift_and_scale(model, seed=0):
+  """Random shifts, where there is a place for them, and scales of every block."""
+  rng, found = np.random.default_rng(seed), []
+  config = osp.block_config(model)
+  for block in model.blocks:
+    wrapped = PostNormBlock(block) if config.norm_placement == "post" else block
+    of_block = {}
+    for site in sites(config):
+      width = get_module(block, site.linears[0]).kernel.shape[0]
+      shift = rng.normal(size=width) * takes_shift(wrapped, site)
+      scale = np.exp(rng.normal(size=width))
+      of_block[site.previous] = ShiftAndScale(*map(jnp.float32, (shift, scale)), None)
+    found.append(of_block)
+  return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_folding_leaves_the_outputs_of_transformers(name):
+  checkpoint = Checkpoint(CHECKPOINTS / name)
+  reference = parity.read_reference(CHECKPOINTS / name / "reference.npz")
+  model = checkpoint.load_model()
+  found = any_shift_and_scale(model)
+  folded = osp.fold_model(model, found)
+  outputs = parity.run_model(folded, checkpoint.family.model, reference)
+  assert parity.difference(outputs, reference) < 1e-4
+  norm = folded.blocks[0].attention_norm
+  assert not np.allclose(norm.scale[...], model.blocks[0].attention_norm.scale[...])
+  shifts = np.abs(np.concatenate([f.shift for block in found for f in block.values()])).max()
+  assert (shifts > 0) == (model.blocks[0].attention_norm.__class__ is nnx.LayerNorm)
+  if osp.block_config(model).norm_placement == "post":
+    # The norm of one block has taken the shift and the scale of the next.
+    assert folded.blocks[1].input_folded
+    before, after = (m.blocks[0].mlp_norm for m in (model, folded))
+    site = found[1]["attention_input"]
+    np.testing.assert_allclose(after.scale[...], before.scale[...] / site.scale, rtol=1e-5)
+    # OPT-350M has no norm before its first block.
+    assert folded.blocks[0].input_folded == (model.embed_norm is not None)
+
+
+@pytest.fixture(scope="module")
+def model():
+  """OPT's architecture with asymmetric outliers."""
+  natural = random_decoder(ARCHITECTURES["opt"])
+  return inject_outliers(natural, jax.random.key(1), fraction=0.1, gain=10.0, shift=60.0)
+
+
+@pytest.fixture(scope="module")
+def tokens(model):
+  return jnp.asarray(random_tokens(model.config, 4, 16))
+
+
+@nnx.jit
+def logits(model, tokens):
+  return model(tokens)[0]
+
+
+def error(model, quantized, tokens):
+  return float(jnp.mean((logits(quantized, tokens) - logits(model, tokens)) ** 2))
+
+
+@pytest.fixture(scope="module")
+def quantized(model, tokens):
+  return osp.quantize(model, tokens, STATIC)
+
+
+def test_quantized_model(model, tokens, quantized):
+  quantized, found = quantized
+  block = quantized.blocks[1]
+  for path in ("attention.q_proj", "attention.o_proj", "mlp.up_proj", "mlp.down_proj"):
+    layer = get_module(block, path)
+    assert isinstance(layer, QuantizedInput) and isinstance(layer.layer, QuantizedLinear)
+    assert float(layer.low[...]) < float(layer.high[...])
+  plain = dataclasses.replace(STATIC, shift="none", scale="none")
+  minmax, _ = osp.quantize(model, tokens, plain)
+  assert error(model, quantized, tokens) < 0.1 * error(model, minmax, tokens)
+  for of_block in found:
+    assert set(of_block) == {"attention_norm", "mlp_norm"}
+    for shift, scale, result in of_block.values():
+      assert np.abs(shift).max() > 30 and float(scale.min()) >= 1
+      assert float(result.loss) <= float(result.loss_unscaled)
+  folded = osp.fold_model(model, found)
+  np.testing.assert_allclose(logits(folded, tokens), logits(model, tokens), atol=1e-3)
+
+
+def test_blocks_one_at_a_time(model, tokens, quantized):
+  block = functools.partial(osp.quantize_block, config=model.config, settings=STATIC)
+  blocks = quantize_blocks(model, iter(model.blocks), tokens, block, stream="quantized")
+  for streamed, whole in zip(blocks, quantized[0].blocks, strict=True):
+    a, b = (jax.tree.leaves(nnx.state(m)) for m in (streamed, whole))
+    assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+ENCODER = EncoderConfig(64, 16, 32, 2, 2, 32, head="sequence", labels=("no", "yes"), pooler=True)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+  return random_module(lambda: Encoder(ENCODER, rngs=nnx.Rngs(0)))
+
+
+@nnx.jit
+def hidden(model, tokens, segment_ids):
+  return model(tokens, segment_ids=segment_ids).hidden
+
+
+def test_padding_does_not_count(encoder):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, 64, (3, 12)).astype(np.int32)
+  segment_ids = (np.arange(12) < np.array([[12], [5], [7]])).astype(np.int32)
+  other = np.where(segment_ids, tokens, rng.integers(1, 64, tokens.shape)).astype(np.int32)
+  settings = dataclasses.replace(STATIC, quantize_bmm=True)
+  assert (other != tokens).any()
+  a, found = osp.quantize(
+    encoder, jnp.asarray(tokens), settings, segment_ids=jnp.asarray(segment_ids)
+  )
+  b, _ = osp.quantize(encoder, jnp.asarray(other), settings, segment_ids=jnp.asarray(segment_ids))
+  for x, y in zip(*(jax.tree.leaves(nnx.state(m)) for m in (a, b)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  assert all(set(of_block) == {"attention_input", "attention_norm"} for of_block in found)
+  attend = a.blocks[0].attention.attend
+  assert isinstance(attend, QuantizedAttention)
+  low, high = attend.ranges["probabilities"][...]
+  # Right-padded keys have no probability; nothing is above 1.
+  assert float(low) == 0 and 0 < float(high) <= 1 + 1e-6
+  full, rounded = hidden(encoder, tokens, segment_ids), hidden(a, tokens, segment_ids)
+  change = np.mean(np.square(rounded - full)[segment_ids != 0])
+  # Six bits: an error, but a small one.
+  assert 0 < change < 0.05 * np.var(np.asarray(full)[segment_ids != 0])
+  # Ranges are those of the real tokens alone.
+  x, context = encoder.stem(jnp.asarray(tokens), jnp.asarray(segment_ids))
+  real = np.asarray(x)[segment_ids != 0]
+  middle = (real.max(axis=0) + real.min(axis=0)) / 2
+  np.testing.assert_allclose(found[0]["attention_input"].shift, middle, atol=1e-6)
+
+
+def test_gamma_migration_and_token_wise_clipping(encoder):
+  tokens = jnp.asarray(np.random.default_rng(0).integers(1, 64, (3, 12)), jnp.int32)
+  settings = dataclasses.replace(STATIC, shift="none", scale="gamma", observer="token_wise")
+  clipped = dataclasses.replace(settings, percentile=90.0)
+  wide, narrow = (osp.quantize(encoder, tokens, s)[0] for s in (settings, clipped))
+  for norm in (wide.embed_norm, wide.blocks[0].attention_norm, wide.blocks[0].mlp_norm):
+    np.testing.assert_allclose(norm.scale[...], 1, rtol=1e-6)
+  np.testing.assert_array_equal(
+    wide.blocks[1].mlp_norm.scale[...], encoder.blocks[1].mlp_norm.scale[...]
+  )
+  limits = lambda m: m.blocks[0].attention.q_proj.high[...]
+  assert float(limits(narrow)) < float(limits(wide))
+  x = np.random.default_rng(1).normal(size=(4, 5, 6)).astype(np.float32)
+  low, high = token_wise_range(jnp.asarray(x), 0.9)
+  np.testing.assert_allclose(high, np.quantile(x.max(axis=-1), 0.9), rtol=1e-5)
+  np.testing.assert_allclose(low, np.quantile(x.min(axis=-1), 0.1), rtol=1e-5)
+
+
+def test_a_hyper_parameter_is_chosen_by_its_loss():
+  assert clipping_quantiles(2) == [1, 0.995, 0.99]
+  table = {1.0: 3.0, 0.5: 1.0, 0.25: 1.0, 0.0: np.nan}
+  assert least_loss(table, lambda q: q, table.get) == (0.5, 0.5)
+  assert least_loss([0.0], lambda q: q, table.get) == (0.0, 0.0)
+
+
+def test_settings_of_the_paper():
+  config = osp_config.get_config("tiny")
+  eight = settings_of(config, "W8A8")
+  assert eight.weights.axis is None and eight.weights.symmetric and eight.activations.symmetric
+  assert eight.quantize_bmm and eight.activations.granularity == "per_tensor"
+  six = settings_of(config, "W6A6")
+  assert six.weights.axis == 0 and not six.weights.symmetric and not six.activations.symmetric
+  group = settings_of(config, "W4A4 per group")
+  assert group.weights.group_size == group.activations.group_size == 32
+  assert not group.quantize_bmm
+  static = main_methods(config, six, None, None)
+  assert {"MinMax", "percentile", "SmoothQuant", "Outlier Suppression", "OS+"} <= set(static)
+
+
+@pytest.mark.parametrize(
+  "wrong, message",
+  [
+    (lambda: settings_of(osp_config.get_config(), "W5A5"), "settings='W5A5'"),
+    (lambda: dataclasses.replace(STATIC, shift="centre"), "shift='centre'"),
+    (lambda: dataclasses.replace(STATIC, objective="mse"), "objective='mse'"),
+    (lambda: dataclasses.replace(STATIC, search_samples=0), "search_samples=0"),
+    (lambda: osp.check_model(random_encoder_decoder(), STATIC), "EncoderDecoder; supported"),
+    (
+      lambda: sites(dataclasses.replace(ARCHITECTURES["llama"], norm_placement="post")),
+      "norm='rms', gated_mlp=True are not supported",
+    ),
+  ],
+)
+def test_what_is_not_supported_is_named(wrong, message):
+  with pytest.raises(UserError, match=message):
+    wrong()
+
+
+def test_bad_weights_activations_and_sizes(model, tokens):
+  broken = nnx.clone(model)
+  kernel = broken.blocks[1].mlp.up_proj.kernel
+  kernel[...] = kernel[...].at[2, 3].set(jnp.nan)
+  with pytest.raises(UserError, match="blocks.1.mlp.up_proj.kernel.*NaN"):
+    osp.quantize(broken, tokens, STATIC)
+  x, context = model.stem(tokens)
+  with pytest.raises(UserError, match="calibration activations"):
+    osp.calibrate_block(model.blocks[0], x.at[0].set(jnp.inf), context, model.config, STATIC)
+  for change, message in (
+    ({"weights": IntegerFormat(4, 24)}, "group_size=24"),
+    ({"activations": ActivationFormat(4, "per_token", 24)}, "group_size=24 of activations"),
+  ):
+    with pytest.raises(UserError, match=f"attention.*: {message}"):
+      osp.quantize(model, tokens, dataclasses.replace(STATIC, **change))
+
+
+@pytest.fixture
+def classifier(tmp_path):
+  """A BERT classifier's folder with a tokenizer, and labelled sentences."""
+  folder = tmp_path / "bert"
+  shutil.copytree(CHECKPOINTS / "bert_sequence", folder)
+  size = json.loads((folder / "config.json").read_text())["vocab_size"]
+  words = tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w1")
+  tokenizer = tokenizers.Tokenizer(words)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  tokenizer.save(str(folder / "tokenizer.json"))
+  names = Checkpoint(folder).config.labels
+  rng = np.random.default_rng(0)
+  lines = [
+    {
+      "sentence": " ".join(f"w{w}" for w in rng.integers(2, size, rng.integers(3, 9))),
+      "label": name,
+    }
+    for name in (names[i % len(names)] for i in range(12))
+  ]
+  labelled = tmp_path / "labelled.jsonl"
+  labelled.write_text("\n".join(map(json.dumps, lines)))
+  return folder, labelled
+
+
+def test_a_classification_task(classifier, tmp_path):
+  folder, labelled = classifier
+  config = osp_config.get_config("encoder")
+  config.encoder, config.labelled_train = str(folder), str(labelled)
+  config.encoder_settings = ()
+  with pytest.raises(UserError, match="give both"):
+    experiment.run(config, tmp_path)
+  config.labelled_test = str(labelled)
+  (table,) = experiment.run(config, tmp_path).tables
+  assert [c.name for c in table.columns[2:]] == ["accuracy", "macro F1", "Matthews"]
+  ((method, _, accuracy, *_),) = table.rows
+  model = Checkpoint(folder).load_model()
+  tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  items = [json.loads(line) for line in labelled.read_text().splitlines()]
+  texts = encoder_experiment.encode(tokenizer, [(i["sentence"],) for i in items], 128)
+  found = encoder_experiment.predict(model, texts)
+  labels = [model.config.labels.index(item["label"]) for item in items]
+  assert method == "full precision" and accuracy == np.mean(found == labels)
+  assert 0 < accuracy < 1
+  labelled.write_text('{"sentence": "w3", "label": "maybe"}')
+  with pytest.raises(UserError, match="maybe"):
+    experiment.run(config, tmp_path)
+
+
+def test_tiny_run(tmp_path):
+  report = experiment.run(osp_config.get_config("tiny"), tmp_path)
+  tables = {table.title.split(",")[0]: table for table in report.tables}
+  methods = [row[0] for row in tables["W4A4 per token"].rows]
+  assert methods[0] == "full precision" and {"ZeroQuant", "SmoothQuant", "OS+"} < set(methods)
+  (_, original), (_, loaded) = tables["The folded full-precision checkpoint"].rows
+  np.testing.assert_allclose(loaded, original, rtol=1e-4)
+  ranges = {row[0]: row[1:] for row in tables["Ranges of activations (max - min)"].rows}
+  assert set(ranges) == {"q_proj + k_proj + v_proj", "gate_proj + up_proj", "down_proj"}
+  for tensor, shifted, _, scaled, _, count in ranges.values():
+    # RMSNorm takes no shift; scales are at least 1.
+    assert shifted == tensor and count > 0 and scaled < tensor
+  assert all((tmp_path / figure.path).stat().st_size > 5000 for figure in report.figures)
+  assert isinstance(Checkpoint(tmp_path / "folded").load_model(), Decoder)
