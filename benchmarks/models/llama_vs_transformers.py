@@ -159,23 +159,25 @@ def compare(config: DecoderConfig, ours: Prepare, theirs: Prepare, tokens: int, 
     sides = [_start(prepare, folder) for prepare in (ours, theirs)]
     first, seconds = [], [[], []]
     for turn in range(turns + 1):
-      for connection, times in zip(sides, seconds):
+      for (_, connection), times in zip(sides, seconds):
         connection.send(True)
         elapsed, result = connection.recv()
         times.append(elapsed) if turn else first.append(result)
-    for connection in sides:
+    for process, connection in sides:
       connection.send(False)
+      process.join()
   ours, theirs = (tokens / min(times) for times in seconds)
   rates = {"tokens_per_second": ours, "transformers_tokens_per_second": theirs}
   return rates | {"ratio": ours / theirs}, first
 
 
 def _start(prepare: Prepare, folder: str):
-  """A process that runs a turn whenever it is sent True."""
+  """A process that runs a turn whenever it is sent True, and the connection to it."""
   context = multiprocessing.get_context("spawn")
   here, there = context.Pipe()
-  context.Process(target=_serve, args=(there, prepare, folder), daemon=True).start()
-  return here
+  process = context.Process(target=_serve, args=(there, prepare, folder), daemon=True)
+  process.start()
+  return process, here
 
 
 def _serve(connection, prepare: Prepare, folder: str) -> None:

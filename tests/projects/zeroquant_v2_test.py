@@ -1,0 +1,375 @@
+"""ZeroQuant-V2: DeepSpeed's quantizers, LoRC's closed forms, the four methods, and the tiny run."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from common.errors import UserError
+from common.models.base import base_model
+from common.models.surgery import get_module
+from common.quantization import rtn
+from common.quantization.activations import ActivationFormat, QuantizedInput, quantize_inputs
+from common.quantization.calibration import quantize_blocks, run_block
+from common.quantization.gptq import gptq
+from common.quantization.linear import QuantizedLinear, get_kernels, quantized_weights, set_kernels
+from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reconstruction import ReconstructionSettings
+from projects.zeroquant_v2 import config, evaluation, experiment, low_rank
+from projects.zeroquant_v2.compensated_linear import CompensatedLinear, bits_per_weight
+from projects.zeroquant_v2.zeroquant_v2 import (
+  ZeroQuantSettings,
+  compensate,
+  distill,
+  fake_quantize_weight,
+  optimizer_of,
+  quantize_block,
+  quantize_weight,
+  quantize_weights,
+)
+
+fake_quantize = jax.jit(fake_quantize_weight, static_argnums=(1, 2))
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "zeroquant_v2"
+# The tiny run's, so that its programs serve every test.
+TINY = config.get_config("tiny")
+FORMAT = IntegerFormat(2, scale_dtype=jnp.float16)
+SETTINGS = ZeroQuantSettings(
+  "RTN",
+  FORMAT,
+  activations=ActivationFormat(8),
+  learning_rates=tuple(TINY.learning_rates),
+  distillation=ReconstructionSettings(TINY.distillation_steps, TINY.distillation_batch_size),
+)
+
+
+@pytest.fixture(scope="module")
+def base():
+  return base_model("lm-tiny")
+
+
+@pytest.fixture(scope="module")
+def block(base):
+  return base.model.blocks[0]
+
+
+@pytest.fixture(scope="module")
+def stem(base):
+  """The first block's inputs on calibration text, and their context."""
+  return base.model.stem(evaluation.calibration(TINY, base, 0))
+
+
+@pytest.fixture(scope="module")
+def error():
+  return np.random.default_rng(0).normal(size=(24, 16)).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_deepspeed_quantizers(bits, symmetric):
+  """Their groups are consecutive values of the flattened tensor: columns of inputs here."""
+  format = IntegerFormat(bits, symmetric=symmetric)
+  with np.load(GOLDEN / "deepspeed_group_quantizers.npz") as golden:
+    tensor, name = golden["w"], f"{'sym' if symmetric else 'asym'}_b{bits}_g"
+    columns = lambda x, groups: np.asarray(x).reshape(groups, -1).T
+    weights = {groups: columns(tensor, groups) for groups in (1, 8, 16)}
+    expected = {groups: columns(golden[f"{name}{groups}"], groups) for groups in weights}
+
+  @jax.jit
+  def both_rules(weights):
+    rounded = {g: fake_quantize_weight(w, format, "deepspeed") for g, w in weights.items()}
+    return rounded, {
+      g: rtn.range_to_scales(*rtn.min_max_range(w, format), format)[0] for g, w in weights.items()
+    }
+
+  rounded, standard = both_rules(weights)
+  for groups, w in weights.items():
+    step = (np.abs(w).max(axis=0) * 2 if symmetric else np.ptp(w, axis=0)) / 2**bits
+    # Their offset, of up to 256 steps, is added in floating point; a weight on a tie may go either
+    # way.
+    difference = np.abs(np.asarray(rounded[groups]) - expected[groups])
+    assert (difference > 1e-4 * step).sum() <= 1 and (difference <= 1.001 * step).all()
+    # The standard rule divides by one level less.
+    levels = 2 ** (bits - 1) if symmetric else 2**bits
+    np.testing.assert_allclose(standard[groups][0] * (levels - 1) / levels, step, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale_rule", ["standard", "deepspeed"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_packed_equals_fake_quantized(scale_rule, symmetric, error):
+  format = IntegerFormat(3, 8, symmetric=symmetric, scale_dtype=jnp.float16)
+  packed = quantize_weight(jnp.asarray(error), format, scale_rule)
+  expected = fake_quantize_weight(jnp.asarray(error), format, scale_rule)
+  np.testing.assert_array_equal(packed.dequantize(), expected)
+
+
+def test_a_block_as_long_as_the_row_is_a_row_and_smaller_blocks_round_better(error):
+  w = jnp.asarray(np.random.default_rng(1).normal(size=(64, 48)), jnp.float32)
+  rounded = lambda size: np.asarray(fake_quantize(w, IntegerFormat(3, size)))
+  np.testing.assert_array_equal(rounded(64), rounded(-1))
+  errors = [np.square(rounded(size) - w).mean() for size in (64, 32, 16, 8)]
+  assert all(a > b for a, b in zip(errors, errors[1:]))
+
+
+@pytest.mark.parametrize("factor", [0.125, 3.7])
+def test_rounding_to_nearest_is_scale_equivariant(factor, error):
+  rounded = lambda w: np.asarray(fake_quantize(jnp.asarray(w), IntegerFormat(4)))
+  # A power of two exactly; otherwise a weight next to a tie may go either way.
+  apart = ~np.isclose(rounded(np.float32(factor) * error), factor * rounded(error), rtol=1e-5)
+  assert apart.mean() <= (0 if factor == 0.125 else 0.01)
+
+
+def test_frobenius_error_in_closed_form(error):
+  s = np.linalg.svd(error.astype(np.float64), compute_uv=False)
+  factors = low_rank.low_rank(jnp.asarray(error), 16)
+  energy = np.asarray(low_rank.residual_energy(jnp.asarray(error)))
+  left = []
+  for rank in range(17):
+    product = np.asarray(factors.truncated(rank).product())
+    left.append(np.square(error - product).sum(dtype=np.float64))
+    # float32 singular values; 0 at full rank, up to the rounding of ||E||^2.
+    np.testing.assert_allclose(left[-1], (s[rank:] ** 2).sum(), rtol=1e-4, atol=1e-8 * left[0])
+  np.testing.assert_allclose(energy, np.array(left) / left[0], rtol=1e-4, atol=1e-6)
+  assert all(a > b for a, b in zip(left, left[1:]))
+  np.testing.assert_array_equal(low_rank.low_rank(jnp.asarray(error), 4).a, factors.a[:, :4])
+
+
+def test_no_other_matrix_of_the_rank_is_nearer(error):
+  """Against alternating least squares from random starts."""
+  best = np.square(error - np.asarray(low_rank.low_rank(jnp.asarray(error), 3).product())).sum()
+  rng = np.random.default_rng(2)
+  for _ in range(3):
+    a = rng.normal(size=(24, 3))
+    for _ in range(50):
+      b = np.linalg.lstsq(a, error, rcond=None)[0]
+      a = np.linalg.lstsq(b.T, error.T, rcond=None)[0].T
+    assert np.square(error - a @ b).sum() >= best * (1 - 1e-5)
+
+
+def test_factors_are_balanced(error):
+  factors = low_rank.low_rank(jnp.asarray(error), 5)
+  s = np.diag(np.linalg.svd(error, compute_uv=False)[:5])
+  # float32 orthogonality.
+  np.testing.assert_allclose(factors.a.T @ factors.a, s, atol=1e-5 * s.max())
+  np.testing.assert_allclose(factors.b @ factors.b.T, s, atol=1e-5 * s.max())
+
+
+def test_integer_factors_are_nearly_the_same_and_half_as_large():
+  """The output of x (W_q + A B) changes by less than 1 %."""
+  keys = jax.random.split(jax.random.key(0), 2)
+  w, x = jax.random.normal(keys[0], (64, 48)), jax.random.normal(keys[1], (100, 64))
+  packed = quantize_weight(w, IntegerFormat(2))
+  factors = low_rank.low_rank(w - packed.dequantize(), 8)
+  integer = low_rank.quantize_factors(factors)
+  output = lambda f: np.asarray(x @ packed.dequantize() + f.apply(x))
+  change = np.linalg.norm(output(integer) - output(factors)) / np.linalg.norm(output(factors))
+  assert 0 < change < 0.01
+  # 8 (64 + 48) values; integers have a float16 scale for each of 8 columns and rows.
+  assert factors.stored_bits() == 16 * 8 * (64 + 48)
+  assert integer.stored_bits() == 8 * 8 * (64 + 48) + 16 * (8 + 8)
+  # (code A, code B) is what the dense product is made of; only the order of the sums differs.
+  np.testing.assert_allclose(integer.apply(x), x @ integer.product(), atol=1e-4)
+
+
+def test_stored_bits(error):
+  packed = quantize_weight(jnp.asarray(error), IntegerFormat(4, 8, scale_dtype=jnp.float16))
+  assert bits_per_weight([packed]) == 4 + (16 + 4) / 8
+  factors = low_rank.low_rank(jnp.asarray(error), 2)
+  extra = 16 * 2 * (24 + 16) / (24 * 16)
+  assert bits_per_weight([packed], [factors]) == pytest.approx(4 + 20 / 8 + extra)
+
+
+def test_gptq_with_an_identity_hessian_is_rounding_to_nearest():
+  # Every column has weights of both signs, so that the ranges agree.
+  w = jax.random.normal(jax.random.key(0), (64, 64))
+  found = gptq(w, jnp.eye(64), FORMAT, damping=jnp.float32(0.01)).dequantize()
+  np.testing.assert_array_equal(found, fake_quantize(w, FORMAT))
+
+
+def test_the_learning_rate_as_a_factor_is_adam_with_that_rate():
+  """Against Adam on the weights themselves: the units of `change` do not matter."""
+  target, rate, steps = jnp.linspace(-1.0, 1.0, 6), 1e-2, 5
+  loss = lambda w: jnp.sum((w - target) ** 4)
+
+  def descend(optimizer, function):
+    w = jnp.zeros(6)
+    state = optimizer.init(w)
+    for _ in range(steps):
+      updates, state = optimizer.update(jax.grad(function)(w), state)
+      w = w + updates
+    return w
+
+  plain = descend(optax.adam(optax.linear_schedule(rate, 0.0, steps), eps=1e-12 / rate), loss)
+  scaled = rate * descend(optimizer_of(steps), lambda change: loss(rate * change))
+  np.testing.assert_allclose(scaled, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ZQ-Local", "ZQ-Global"])
+def test_distillation_without_steps_is_rounding_to_nearest(method, block, stem):
+  # A rate of 0 takes the steps' program and leaves the weights where they are.
+  settings = dataclasses.replace(SETTINGS, method=method, learning_rates=(0.0, 0.0))
+  found = quantize_weights(0, block, *stem, jax.random.key(0), settings)
+  for path, kernel in get_kernels(block).items():
+    np.testing.assert_array_equal(found[path].dequantize(), rtn.fake_quantize(kernel, FORMAT))
+
+
+def test_distillation_keeps_the_best_rate_and_never_loses_to_rounding(block, stem):
+  x, context = stem
+  settings = dataclasses.replace(SETTINGS, method="ZQ-Global", learning_rates=(1e3, 1e-3))
+  targets = run_block(block, x, context)
+  weights, errors = distill(block, x, targets, context, jax.random.key(0), settings)
+  rtn_error, huge, small = errors
+  # The huge rate ends above rounding to nearest, and counts as not run.
+  assert small < 0.9 * rtn_error and huge == rtn_error
+  changed = nnx.clone(block)
+  set_kernels(changed, evaluation.dense_kernels(weights, {}))
+  quantize_inputs(changed, list(weights), settings.activations)
+  found = jnp.mean((run_block(changed, x, context) - targets) ** 2)
+  np.testing.assert_allclose(found, small, rtol=1e-3)  # Sums in other batches.
+
+
+@pytest.mark.parametrize("method", ["RTN", "GPTQ", "ZQ-Local", "ZQ-Global"])
+def test_a_block_at_a_time(method, base, block, stem):
+  """Every linear packed, with its correction and its rounded input; rank 0 is the base method."""
+  x, context = stem
+  settings = dataclasses.replace(SETTINGS, method=method)
+  key = jax.random.key(0)
+  weights = quantize_weights(0, block, x, context, key, settings)
+  quantize = lambda settings: quantize_block(0, block, x, context, key=key, settings=settings)
+  plain, corrected = (quantize(dataclasses.replace(settings, rank=r)) for r in (0, 8))
+  factors = compensate(get_kernels(block), weights, 8)
+  for path, weight in weights.items():
+    layer = get_module(plain, path)
+    assert isinstance(layer, QuantizedInput) and isinstance(layer.layer, QuantizedLinear)
+    np.testing.assert_array_equal(layer.layer.weight.get_value().dequantize(), weight.dequantize())
+    layer = get_module(corrected, path).layer
+    assert isinstance(layer, CompensatedLinear)
+    if path not in ("attention.o_proj", "mlp.down_proj"):
+      continue
+    features = jnp.ones((3, weight.shape[0])).at[0, 0].set(-2.0)
+    expected = features @ (weight.dequantize() + factors[path].product())
+    np.testing.assert_allclose(layer(features), expected, rtol=1e-4, atol=1e-4)
+  assert len(quantized_weights(corrected)) == 7
+
+
+def test_streaming_through_the_model(base):
+  """A block is calibrated on the compensated outputs before it; a dense copy computes the same."""
+  settings = dataclasses.replace(SETTINGS, activations=None, rank=8, factor_bits=8)
+  seen, weights, factors = [], [], []
+
+  def quantize(index, block, x, context):
+    seen.append(x)
+    weights.append(quantize_weights(index, block, x, context, None, settings))
+    factors.append(compensate(get_kernels(block), weights[-1], 8, 8))
+    return quantize_block(index, block, x, context, key=None, settings=settings)
+
+  tokens = evaluation.calibration(TINY, base, 0)
+  list(quantize_blocks(base.model, base.model.blocks, tokens, quantize, stream=settings.inputs))
+  dense = evaluation.dense_model(base.model, weights, factors)
+  context = base.model.stem(tokens)[1]
+  # (x A) B against x (A B), in float32.
+  np.testing.assert_allclose(seen[1], run_block(dense.blocks[0], seen[0], context), atol=1e-4)
+
+
+def test_rank_zero_and_full_rank(base):
+  """The base method bit for bit, and the original weights."""
+  kernels = get_kernels(base.model.blocks[0])
+  weights = quantize_weights(0, base.model.blocks[0], None, None, None, SETTINGS)
+  plain = evaluation.dense_kernels(weights, {})
+  none = evaluation.dense_kernels(weights, compensate(kernels, weights, 0))
+  for path in kernels:
+    np.testing.assert_array_equal(none[path], plain[path])
+  full = low_rank.low_rank(kernels["mlp.up_proj"] - plain["mlp.up_proj"], 64).product()
+  # float32 SVD.
+  np.testing.assert_allclose(plain["mlp.up_proj"] + full, kernels["mlp.up_proj"], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "rise, expected", [(-0.3, "Class-1"), (0.1, "Class-1"), (0.2, "Class-2"), (0.51, "Class-3")]
+)
+def test_degradation_classes(rise, expected):
+  assert evaluation.degradation_class(rise) == expected
+
+
+def test_the_mean_of_perplexities_is_not_that_of_losses(base):
+  windows = {name: np.zeros((count, 3), np.int32) for name, count in (("a", 1), ("b", 3))}
+  losses = evaluation.WindowLosses(np.array([2.0, 4.0, 4.0, 4.0]), 2)
+  found = evaluation.Evaluation(windows, 1).mean_perplexity(losses)
+  assert found == pytest.approx((np.exp(1) + np.exp(2)) / 2)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"method": "OBQ"}, "method='OBQ' is not supported; supported: RTN, GPTQ, ZQ-Local, ZQ-Global"),
+    ({"scale_rule": "v1"}, "scale_rule='v1' is not supported; supported: standard, deepspeed"),
+    ({"inputs": "fp"}, "inputs='fp' is not supported; supported: quantized, full_precision"),
+    ({"factor_bits": 4}, "factor_bits=4 is not supported; supported: 8, 16"),
+    ({"method": "GPTQ", "scale_rule": "deepspeed"}, "GPTQ has scale_rule='standard' only"),
+    ({"method": "ZQ-Local", "learning_rates": ()}, "needs at least one learning rate"),
+    ({"format": IntegerFormat(4, axis=1)}, "is not grouped along the input; use axis=0"),
+  ],
+)
+def test_unsuitable_settings_are_refused(changes, message):
+  with pytest.raises(UserError, match=message):
+    dataclasses.replace(SETTINGS, **changes)
+
+
+def test_unsuitable_blocks_are_refused(block, stem):
+  quantize = lambda block, **changes: quantize_weights(
+    0, block, *stem, jax.random.key(0), dataclasses.replace(SETTINGS, **changes)
+  )
+  with pytest.raises(UserError, match=r"rank=65 of a weight \(64, 64\); expected 0 to 64"):
+    quantize(block, rank=65)
+  with pytest.raises(UserError, match="group_size=48 does not divide the input dimension"):
+    quantize(block, format=IntegerFormat(2, 48))
+  broken = nnx.clone(block)
+  broken.mlp.up_proj.kernel[...] = broken.mlp.up_proj.kernel[...].at[0, 0].set(jnp.nan)
+  with pytest.raises(UserError, match="mlp.up_proj.kernel: NaN or infinite values"):
+    quantize(broken)
+  packed = quantize_block(0, block, *stem, key=None, settings=SETTINGS)
+  with pytest.raises(UserError, match="no full-precision linears"):
+    quantize(packed)
+  renamed = nnx.clone(block)
+  renamed.mlp.extra_proj = nnx.data(renamed.mlp.up_proj)
+  with pytest.raises(UserError, match="GPTQ does not know the linears mlp.extra_proj"):
+    quantize(renamed, method="GPTQ")
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"method_settings": (("4bit", -1),)}, "setting '4bit' is not of the form W4A8"),
+    ({"method_models": ("lm-small",)}, "method_models has lm-small, which models lacks"),
+    ({"symmetric_sensitivity": ("W5A16",)}, "symmetric_sensitivity has W5A16, which sensitivity"),
+    ({"group_sizes": (48,)}, "lm-tiny: attention.k_proj: group_size=48 does not divide"),
+    ({"ranks": (0, 65)}, "lm-tiny: ranks=.* at most 64"),
+    ({"eval_length": 4096}, "lm-tiny: 4096 tokens; at most 1024"),
+    ({"scale_rule": "deepspeed"}, "GPTQ has scale_rule='standard' only"),
+  ],
+)
+def test_an_unsuitable_config_is_refused_before_any_work(changes, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(experiment, "sensitivity_study", lambda *_: pytest.fail("work was done"))
+  changed = config.get_config("tiny")
+  with changed.unlocked():
+    changed.update(changes)
+  with pytest.raises(UserError, match=message):
+    experiment.run(changed, tmp_path)
+
+
+def test_tiny_run(tmp_path):
+  report = experiment.run(config.get_config("tiny"), tmp_path)
+  for figure in report.figures:
+    assert (tmp_path / figure.path).stat().st_size > 0
+  titles = [table.title.split(",")[0] for table in report.tables]
+  assert titles[:3] == ["Sensitivity", "Sensitivity", "Methods"]
+  methods = report.tables[2].rows
+  assert [row[2] for row in methods] == ["full precision", "RTN", "GPTQ", "ZQ-Local", "ZQ-Global"]
+  assert all(np.isfinite(value) for row in methods for value in (row[3], row[4], row[6]))
+  # The same weights in two tables: rounding to nearest, with and without the correction.
+  assert all(np.isfinite(claim.mean) for claim in report.claims)
