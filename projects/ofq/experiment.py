@@ -332,7 +332,7 @@ def by_layer(of_seeds: list[Run]) -> dict[str, float]:
 
 
 def claims(config: ConfigDict, teacher: Teacher, runs, toys) -> list[Claim]:
-  """The card's four, of the methods that ran."""
+  """Oscillation, accuracy, steadiness and the toy, of the methods that ran."""
   found = [Claim.greater("the teacher is good (accuracy)", [teacher.accuracy], 0.96)]
   at = {method: of_seeds for (method, bits), of_seeds in runs.items() if bits == config.bits}
   end = lambda method, of=("",): [run.oscillating_share(of)[-1] for run in at[method]]

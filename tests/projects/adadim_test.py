@@ -1,4 +1,4 @@
-"""AdaDim: vectors of the official code, the card's invariants, bad input, and the tiny run."""
+"""AdaDim: vectors of the official code, invariants, bad input, and the tiny run."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""AWQ: vectors of the reference code, the card's invariants, and the tiny run."""
+"""AWQ: vectors of the reference code, invariants, and the tiny run."""
 
 import dataclasses
 import pathlib

@@ -1,4 +1,4 @@
-"""DSL: vectors of the official code, the card's invariants, libraries as oracles, the tiny run."""
+"""DSL: vectors of the official code, invariants, libraries as oracles, the tiny run."""
 
 import pathlib
 import subprocess

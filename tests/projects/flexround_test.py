@@ -1,4 +1,4 @@
-"""FlexRound: vectors of the official code, the card's invariants, and the tiny run."""
+"""FlexRound: vectors of the official code, invariants, and the tiny run."""
 
 import functools
 import pathlib

@@ -1,4 +1,4 @@
-"""LLM-FP4: vectors of the official search, the card's invariants, bad input and the tiny run."""
+"""LLM-FP4: vectors of the official search, invariants, bad input and the tiny run."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""OFQ: vectors of the reference code, the card's invariants, the integer model, the tiny run."""
+"""OFQ: vectors of the reference code, invariants, the integer model, the tiny run."""
 
 import functools
 import pathlib

@@ -1,4 +1,4 @@
-"""Outlier Suppression+: vectors of the reference code, the card's invariants, and the tiny run."""
+"""Outlier Suppression+: vectors of the reference code, invariants, and the tiny run."""
 
 import dataclasses
 import functools

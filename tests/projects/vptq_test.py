@@ -1,4 +1,4 @@
-"""VPTQ: vectors of the published code, the card's invariants, bad input, and the tiny run."""
+"""VPTQ: vectors of the published code, invariants, bad input, and the tiny run."""
 
 import dataclasses
 import functools
