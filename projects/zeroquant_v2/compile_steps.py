@@ -1,7 +1,9 @@
 """ZeroQuant-V2 at the config's size, compiled for a TPU slice: does it fit, what does it cost?
 
 A block at a time: ZQ-Global trains its weights on calibration samples that are spread over the
-slice; GPTQ and LoRC cut a linear's output channels. The packed model scores with its corrections.
+slice; GPTQ cuts a linear's output channels. The packed model scores with its corrections. LoRC's SVD is
+not among the steps: the TPU compiler takes more than ten minutes for one of a 7B model's matrices, and
+it needs no data, so that the host may do it.
 """
 
 import dataclasses
@@ -25,7 +27,6 @@ from common.quantization.quantized_array import IntegerFormat
 from common.training.losses import next_token_loss
 from common.training.mesh import AXES, make_mesh
 from projects.zeroquant_v2.evaluation import activation_format, parse_setting
-from projects.zeroquant_v2.low_rank import low_rank
 from projects.zeroquant_v2.methods import integer_format, settings_of
 from projects.zeroquant_v2.zeroquant_v2 import (
   ZeroQuantSettings,
@@ -70,7 +71,6 @@ def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Ste
   return [
     distillation_step(config, model, settings, mesh),
     gptq_step(model, format, mesh),
-    low_rank_step(config, model, mesh),
     scoring_step(config, model, settings, mesh),
   ]
 
@@ -115,13 +115,6 @@ def gptq_step(model: DecoderConfig, format: IntegerFormat, mesh: Mesh) -> Step:
     place(hessian, NamedSharding(mesh, PartitionSpec())),
   )
   return Step("GPTQ of up_proj", lambda w, h: gptq(w, h, format), arguments)
-
-
-def low_rank_step(config: ConfigDict, model: DecoderConfig, mesh: Mesh) -> Step:
-  """LoRC of the largest linear: the SVD of its error, on one device's share of the memory."""
-  error = jax.ShapeDtypeStruct((model.hidden_size, model.intermediate_size), jnp.float32)
-  placed = place(error, NamedSharding(mesh, PartitionSpec()))
-  return Step(f"LoRC of up_proj, rank {config.rank}", lambda e: low_rank(e, config.rank), (placed,))
 
 
 def scoring_step(

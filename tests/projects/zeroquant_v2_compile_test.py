@@ -19,7 +19,7 @@ def tpu_compiler():
 @pytest.mark.parametrize("preset", ["tiny", "paper"])
 def test_steps_are_abstract_and_placed(preset):
   steps = compile_steps(zeroquant_config.get_config(preset), tpu_slice("v5e:2x2").devices)
-  assert [step.name.split()[0] for step in steps] == ["ZQ-Global", "GPTQ", "LoRC", "score,"]
+  assert [step.name.split()[0] for step in steps] == ["ZQ-Global", "GPTQ", "score,"]
   for step in steps:
     leaves = jax.tree.leaves(step.arguments)
     assert all(isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None for x in leaves)
