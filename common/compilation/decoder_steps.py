@@ -8,7 +8,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from common.checkpoints.huggingface import Checkpoint
 from common.compilation.step import Step
@@ -79,6 +79,7 @@ def decode_step(
   batch_size: int,
   max_length: int,
   new_tokens: int = 1,
+  params_at: PyTree | None = None,
 ) -> Step:
   """Appends `new_tokens` tokens to every row of a full-size cache, and returns the next ones.
 
@@ -88,6 +89,7 @@ def decode_step(
     batch_size: rows.
     max_length: slots of the cache.
     new_tokens: 1 decodes; `max_length` is the prefill of a whole prompt.
+    params_at: the parameters' shardings; by default those of the table of logical axes.
   """
   cache = jax.eval_shape(lambda: scanned.empty_cache(batch_size, max_length, jnp.bfloat16))
   cache_at = cache_shardings(cache, mesh)
@@ -101,7 +103,7 @@ def decode_step(
     f"{name}, {batch_size} x {new_tokens} tokens, cache {max_length}",
     jax.jit(step, donate_argnums=1, out_shardings=(batch_sharding(mesh), cache_at)),
     (
-      place(params, shardings(params, mesh)),
+      place(params, shardings(params, mesh) if params_at is None else params_at),
       place(cache, cache_at),
       _ids(batch_size, new_tokens, mesh),
     ),
@@ -109,7 +111,13 @@ def decode_step(
 
 
 def scoring_step(
-  scanned: ScannedDecoder, params: PyTree, mesh: Mesh, *, batch_size: int, seq_len: int
+  scanned: ScannedDecoder,
+  params: PyTree,
+  mesh: Mesh,
+  *,
+  batch_size: int,
+  seq_len: int,
+  params_at: PyTree | None = None,
 ) -> Step:
   """Negative log-likelihood of windows of text, as perplexity needs it.
 
@@ -117,14 +125,21 @@ def scoring_step(
     scanned, params: of `abstract_stack`; packed weights are welcome.
     mesh: the parameters and the windows are placed on it.
     batch_size, seq_len: of the windows.
+    params_at: the parameters' shardings; by default those of the table of logical axes.
   """
 
   def step(params, tokens):
     logits, _ = scanned(params, tokens)
     return next_token_loss(logits, tokens, jnp.ones_like(tokens))
 
-  arguments = (place(params, shardings(params, mesh)), _ids(batch_size, seq_len, mesh))
+  params = place(params, shardings(params, mesh) if params_at is None else params_at)
+  arguments = (params, _ids(batch_size, seq_len, mesh))
   return Step(f"score, {batch_size} x {seq_len} tokens", step, arguments)
+
+
+def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Shardings that put every array whole on every device: of weights that are small when packed."""
+  return jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
 
 
 def _ids(batch_size: int, seq_len: int, mesh: Mesh) -> jax.ShapeDtypeStruct:

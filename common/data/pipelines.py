@@ -7,7 +7,7 @@ calibrate on.
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import grain
@@ -149,6 +149,30 @@ def token_windows(
   size = num_windows * seq_len
   num_bytes = encoded.num_bytes[:size].reshape(shape)[:, 1:].sum(1)
   return Windows(encoded.tokens[:size].reshape(shape), num_bytes)
+
+
+def evaluation_windows(
+  sources: Iterable[str],
+  tokenizer: tokenizers.Tokenizer,
+  *,
+  seq_len: int,
+  per_source: int | None = None,
+  split: str = "test",
+) -> dict[str, np.ndarray]:
+  """Windows of several sources, {source: int32 [windows, seq]}.
+
+  They are evenly spaced over a split, so that a few windows still come from many documents.
+
+  Args:
+    sources, tokenizer, split, seq_len: see `token_windows`.
+    per_source: the largest number of windows of each; None or 0 takes all.
+  """
+  windows = {}
+  for source in sources:
+    tokens = token_windows(source, tokenizer, split=split, seq_len=seq_len).tokens
+    kept = min(per_source or len(tokens), len(tokens))
+    windows[source] = tokens[np.linspace(0, len(tokens) - 1, kept).astype(int)]
+  return windows
 
 
 def calibration_samples(

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.quantization.adaround import spread
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import Learned
+from common.quantization.rtn import spread
 from common.quantization.straight_through import clip_ste, round_ste
 
 Array = jax.Array

@@ -8,8 +8,6 @@ beta falls from 20 to 2 after a warm-up, which drives every h to 0 or 1. `recons
 `adaround_objective`; `harden` then rounds h itself.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,24 +15,12 @@ from flax import nnx
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import quantized_kernels
 from common.quantization.reconstruction import Learned
+from common.quantization.rtn import spread
 from common.quantization.straight_through import clip_ste
 
 Array = jax.Array
 
 ZETA, GAMMA = 1.1, -0.1
-
-
-def spread(per_group: Array, shape: tuple[int, ...]) -> Array:
-  """One value per weight from one per group, in the kernel's shape.
-
-  Args:
-    per_group: [groups_in, groups_out], as of an `IntegerFormat`.
-    shape: of the kernel, [..., in, out]; the axes before the last are one input axis here.
-  """
-  rows, columns = math.prod(shape[:-1]), shape[-1]
-  groups = per_group.shape
-  grouped = (groups[0], rows // groups[0], groups[1], columns // groups[1])
-  return jnp.broadcast_to(per_group[:, None, :, None], grouped).reshape(shape)
 
 
 def rectified_sigmoid(v: Array) -> Array:

@@ -20,9 +20,9 @@ from common.models.surgery import linear_paths, record_inputs
 from common.models.vit import VisionTransformer
 from common.quantization import rtn
 from common.quantization.equivalent import fold_scale, scaling_groups, smoothquant_scale
-from common.quantization.gptq import gptq
+from common.quantization.gptq import gptq, stable_damping
 from common.quantization.linear import get_kernels, pack_linears, set_kernels
-from common.quantization.quantized_array import IntegerFormat
+from common.quantization.quantized_array import IntegerFormat, QuantizedArray
 
 Array = jax.Array
 
@@ -153,6 +153,53 @@ GPTQ_STAGES = (
 )
 
 
+# (path, kernel [in, out], Hessian [in, in], damping) -> the packed weight
+SolveLinear = Callable[[str, Array, Array, Array], QuantizedArray]
+
+
+def gptq_weights(
+  block: Block,
+  x: Array,
+  context: AttentionContext,
+  solve: SolveLinear,
+  *,
+  damping: float = 0.01,
+  act_order: bool = False,
+) -> dict[str, QuantizedArray]:
+  """Packed weights of a block's linears, each solved against the Hessian of its inputs.
+
+  Linears that share an input are quantized against it as it is after the block's earlier linears
+  were. Where float32 cannot factor a Hessian its damping is raised, see `stable_damping`.
+
+  Args:
+    block: in full precision; not modified.
+    x, context: its inputs, see `quantize_blocks`.
+    solve: quantizes one linear.
+    damping: to begin with, as a fraction of the Hessian's mean diagonal.
+    act_order: whether `solve` takes the inputs by descending diag(H).
+
+  Raises:
+    UserError: a Hessian is singular even when damped by 100 % of its mean diagonal.
+  """
+  block = nnx.clone(block)
+  kernels = get_kernels(block)
+  weights, dampings = {}, {}
+  for stage in GPTQ_STAGES:
+    paths = [p for p in stage if p in kernels]
+    for path, h in block_hessians(block, x, context, paths).items():
+      dampings[path] = stable_damping(h, damping, act_order)
+      weights[path] = solve(path, kernels[path], h, dampings[path])
+    set_kernels(block, {p: weights[p].dequantize(kernels[p].dtype) for p in paths})
+  # Looked at only now: until here nothing waited for the device.
+  for path, used in jax.device_get(dampings).items():
+    if not used <= max(1.0, damping):
+      raise UserError(
+        f"the Hessian of {path} is singular: expected calibration inputs that differ; use more "
+        "calibration samples"
+      )
+  return weights
+
+
 def gptq_block(
   block: Block,
   x: Array,
@@ -162,18 +209,13 @@ def gptq_block(
   damping: float = 0.01,
   act_order: bool = False,
 ) -> Block:
-  """The block with every linear quantized by GPTQ and packed."""
+  """The block with every linear quantized by GPTQ and packed; see `gptq_weights`."""
+
+  def solve(path, kernel, h, damping):
+    return gptq(kernel, h, format, damping=damping, act_order=act_order)
+
+  weights = gptq_weights(block, x, context, solve, damping=damping, act_order=act_order)
   block = nnx.clone(block)
-  kernels = get_kernels(block)
-  weights = {}
-  for stage in GPTQ_STAGES:
-    paths = [p for p in stage if p in kernels]
-    hessians = block_hessians(block, x, context, paths)
-    for path in paths:
-      weights[path] = gptq(
-        kernels[path], hessians[path], format, damping=damping, act_order=act_order
-      )
-    set_kernels(block, {p: weights[p].dequantize(kernels[p].dtype) for p in paths})
   pack_linears(block, weights)
   return block
 

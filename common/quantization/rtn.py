@@ -5,6 +5,8 @@ weights and need not contain 0, and the zero point is clamped to the code range.
 weights are all positive therefore saturates; this is the published behaviour, kept on purpose.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -19,10 +21,32 @@ def group(w: Array, format: IntegerFormat) -> Array:
   return w.reshape(rows, w.shape[0] // rows, columns, w.shape[1] // columns)
 
 
-def min_max_range(w: Array, format: IntegerFormat) -> tuple[Array, Array]:
-  """Smallest and largest weight per group, [groups_in, groups_out]."""
+def min_max_range(
+  w: Array, format: IntegerFormat, *, include_zero: bool = False
+) -> tuple[Array, Array]:
+  """Smallest and largest weight per group, [groups_in, groups_out].
+
+  Args:
+    w: [in, out].
+    format: the integer format.
+    include_zero: widen the ranges so that they contain 0, which is then exact.
+  """
   grouped = group(w, format)
-  return grouped.min(axis=(1, 3)), grouped.max(axis=(1, 3))
+  low, high = grouped.min(axis=(1, 3)), grouped.max(axis=(1, 3))
+  return (jnp.minimum(low, 0), jnp.maximum(high, 0)) if include_zero else (low, high)
+
+
+def spread(per_group: Array, shape: tuple[int, ...]) -> Array:
+  """One value per weight from one per group, in the kernel's shape.
+
+  Args:
+    per_group: [groups_in, groups_out].
+    shape: of the kernel, [..., in, out]; the axes before the last are one input axis here.
+  """
+  rows, columns = math.prod(shape[:-1]), shape[-1]
+  groups = per_group.shape
+  grouped = (groups[0], rows // groups[0], groups[1], columns // groups[1])
+  return jnp.broadcast_to(per_group[:, None, :, None], grouped).reshape(shape)
 
 
 def range_to_scales(low: Array, high: Array, format: IntegerFormat) -> tuple[Array, Array | None]:

@@ -33,12 +33,13 @@ from common.quantization.calibration import (
   block_hessians,
   block_inputs,
   check_finite,
+  gptq_weights,
   passes,
   quantize_model,
   token_mask,
 )
 from common.quantization.checkpoint import check_format
-from common.quantization.gptq import gptq, stable_damping
+from common.quantization.gptq import gptq
 from common.quantization.linear import get_kernels, pack_linears, set_kernels
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
 from projects.adadim.gptq_per_ic import gptq_per_ic
@@ -171,51 +172,6 @@ def rtn_weights(
   return {p: _rtn(kernel, along(format, axes[p])) for p, kernel in get_kernels(block).items()}
 
 
-def gptq_weights(
-  block: Block,
-  x: Array,
-  context: AttentionContext,
-  axes: Mapping[str, int],
-  format: IntegerFormat,
-  *,
-  damping: float = 0.01,
-  act_order: bool = True,
-) -> dict[str, QuantizedArray]:
-  """Every linear quantized by GPTQ along its axis, by path.
-
-  Linears that share an input are quantized against it as it is after the block's earlier linears
-  were.
-
-  Raises:
-    UserError: a Hessian is singular even when damped by 100 % of its mean diagonal.
-  """
-  block = nnx.clone(block)
-  kernels = get_kernels(block)
-  weights, dampings = {}, {}
-  for stage in GPTQ_STAGES:
-    paths = [p for p in stage if p in kernels]
-    hessians = block_hessians(block, x, context, paths)
-    for path in paths:
-      dampings[path] = stable_damping(hessians[path], damping, act_order)
-      solve = gptq_per_ic if axes[path] == PER_IC else gptq
-      weights[path] = solve(
-        kernels[path],
-        hessians[path],
-        along(format, axes[path]),
-        damping=dampings[path],
-        act_order=act_order,
-      )
-    set_kernels(block, {p: weights[p].dequantize(kernels[p].dtype) for p in paths})
-  # Looked at only now: until here nothing waited for the device.
-  for path, used in jax.device_get(dampings).items():
-    if not used <= max(1.0, damping):
-      raise UserError(
-        f"the Hessian of {path} is singular: expected calibration inputs that differ; use more "
-        "calibration samples"
-      )
-  return weights
-
-
 def quantize_weights(
   block: Block, x: Array, context: AttentionContext, settings: AdaDimSettings
 ) -> tuple[dict[str, QuantizedArray], dict[str, Array] | None]:
@@ -234,8 +190,14 @@ def quantize_weights(
     axes = fixed_axes(block, settings.axis)
   if settings.algorithm == "rtn":
     return rtn_weights(block, axes, settings.format), errors
+
+  def solve(path, kernel, h, damping):
+    algorithm = gptq_per_ic if axes[path] == PER_IC else gptq
+    format = along(settings.format, axes[path])
+    return algorithm(kernel, h, format, damping=damping, act_order=settings.act_order)
+
   options = {"damping": settings.damping, "act_order": settings.act_order}
-  return gptq_weights(block, x, context, axes, settings.format, **options), errors
+  return gptq_weights(block, x, context, solve, **options), errors
 
 
 def quantize_block(

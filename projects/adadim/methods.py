@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from common.data.pipelines import calibration_samples, token_windows
+from common.data.pipelines import calibration_samples, evaluation_windows
 from common.errors import UserError
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel
@@ -132,14 +132,10 @@ def inject_down_outliers(model: Decoder, key: Array, *, fraction: float, gain: f
 
 def load_evaluation(config: ConfigDict, base: BaseModel) -> dict[str, np.ndarray]:
   """Windows of every domain, {domain: int32 [windows, seq]}."""
-  windows = {}
-  for domain in dict.fromkeys((*config.domains, *config.task_domains)):
-    all_windows = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length)
-    # Evenly spaced over the split, so that a few windows still come from many documents.
-    count = len(all_windows.tokens)
-    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
-    windows[domain] = all_windows.tokens[kept]
-  return windows
+  domains = dict.fromkeys((*config.domains, *config.task_domains))
+  return evaluation_windows(
+    domains, base.tokenizer, seq_len=config.eval_length, per_source=config.eval_windows
+  )
 
 
 def losses(model: Decoder, windows: dict[str, np.ndarray], domains) -> WindowLosses:

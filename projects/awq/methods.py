@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from common.data.pipelines import calibration_samples, token_windows
+from common.data.pipelines import calibration_samples, evaluation_windows
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel
 from common.models.decoder import Decoder
@@ -57,13 +57,9 @@ def awq_settings(config: ConfigDict, format: IntegerFormat, **changes) -> AWQSet
 
 
 def load_evaluation(config: ConfigDict, base: BaseModel) -> Evaluation:
-  windows = {}
-  for domain in config.domains:
-    all_windows = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length)
-    # Evenly spaced over the split, so that a few windows still come from many documents.
-    count = len(all_windows.tokens)
-    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
-    windows[domain] = all_windows.tokens[kept]
+  windows = evaluation_windows(
+    config.domains, base.tokenizer, seq_len=config.eval_length, per_source=config.eval_windows
+  )
   return Evaluation(windows)
 
 

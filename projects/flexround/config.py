@@ -19,7 +19,7 @@ def get_config(preset: str = "default") -> ConfigDict:
       # Adam's rates of the sweep: the best on one block's calibration error is used. FlexRound's
       # ablations take FlexRound's.
       "learning_rates": {
-        "AdaRound": (0.01, 0.03, 0.1, 0.3),
+        "AdaRound": (0.03, 0.1, 0.3, 1.0),
         "AdaQuant": (0.003, 0.01, 0.03, 0.1),
         "FlexRound": (0.003, 0.01, 0.03, 0.1),
       },

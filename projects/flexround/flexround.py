@@ -22,7 +22,6 @@ from flax import nnx
 from common.errors import UserError
 from common.models.decoder import AttentionContext, Block
 from common.models.surgery import get_module, replace_module
-from common.quantization.adaround import spread
 from common.quantization.calibration import Streams, check_finite, run_block
 from common.quantization.linear import get_kernels, pack_linears
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray, from_codes
@@ -33,6 +32,7 @@ from common.quantization.reconstruction import (
   ReconstructionSettings,
   reconstruct,
 )
+from common.quantization.rtn import spread
 from common.quantization.straight_through import clip_ste, round_ste
 from projects.flexround.scale_search import initial_scales
 

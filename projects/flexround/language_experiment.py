@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from common.data.pipelines import calibration_samples, token_windows
+from common.data.pipelines import calibration_samples, evaluation_windows
 from common.errors import UserError
 from common.evaluation.multiple_choice import choice_accuracy, continuation_questions
 from common.evaluation.perplexity import WindowLosses, window_losses
@@ -60,7 +60,7 @@ def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> No
     bits: integer_format(config, bits) for bits in (config.model_bits, *config.model_other_bits)
   }
   base = base_model(config.model)
-  windows = evaluation_windows(config, base)
+  windows = held_out_windows(config, base)
   draws = {seed: calibration(config, base, seed) for seed in config.model_seeds}
   full = window_losses(base.model, windows)
   count = min(config.choice_questions, len(windows))
@@ -115,14 +115,12 @@ def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> No
   add_block_losses(shifts[0], workdir, report)
 
 
-def evaluation_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
-  """Windows of every domain's test split, evenly spaced, int32 [windows, seq]."""
-  windows = []
-  for domain in config.domains:
-    tokens = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length).tokens
-    kept = min(config.eval_windows or len(tokens), len(tokens))
-    windows.append(tokens[np.linspace(0, len(tokens) - 1, kept).astype(int)])
-  return np.concatenate(windows)
+def held_out_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
+  """Windows of every domain's test split together, int32 [windows, seq]."""
+  windows = evaluation_windows(
+    config.domains, base.tokenizer, seq_len=config.eval_length, per_source=config.eval_windows
+  )
+  return np.concatenate(list(windows.values()))
 
 
 def calibration(config: ConfigDict, base: BaseModel, seed: int) -> jax.Array:

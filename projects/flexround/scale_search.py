@@ -46,8 +46,8 @@ def _initial_scales(w: Array, format: IntegerFormat, start: str) -> tuple[Array,
 
 def min_max_scales(w: Array, format: IntegerFormat) -> tuple[Array, Array]:
   """Scales and zero points of the range of w [in, out] and 0."""
-  low, high = rtn.min_max_range(w, format)
-  scales, zero_points = rtn.range_to_scales(jnp.minimum(low, 0), jnp.maximum(high, 0), format)
+  ends = rtn.min_max_range(w, format, include_zero=True)
+  scales, zero_points = rtn.range_to_scales(*ends, format)
   scales = scales.astype(jnp.float32)
   return scales, jnp.zeros_like(scales) if zero_points is None else zero_points
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import Progress
 
-from common.data.pipelines import calibration_samples, token_windows
+from common.data.pipelines import calibration_samples, evaluation_windows
 from common.errors import UserError
 from common.evaluation.harness import harness_model
 from common.evaluation.perplexity import WindowLosses, window_losses
@@ -69,7 +69,7 @@ class Result(NamedTuple):
 def compare_on_language_model(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
   """Adds the language model's tables, claims and figure."""
   base = base_model(config.model)
-  windows = evaluation_windows(config, base)
+  windows = held_out_windows(config, base)
   if config.zero_shot_tasks:
     harness_model(base.model, base.tokenizer)  # Fails now if the harness is not installed.
   draws = {seed: draw(config, base, config.calibration_samples, seed) for seed in config.seeds}
@@ -94,14 +94,12 @@ def compare_on_language_model(config: ConfigDict, workdir: pathlib.Path, report:
   plot_methods(config, excess, workdir, report)
 
 
-def evaluation_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
-  """Windows of every domain's test split, evenly spaced over it, int32 [windows, seq]."""
-  windows = []
-  for domain in config.domains:
-    tokens = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length).tokens
-    count = min(config.eval_windows or len(tokens), len(tokens))
-    windows.append(tokens[np.linspace(0, len(tokens) - 1, count).astype(int)])
-  return np.concatenate(windows)
+def held_out_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
+  """Windows of every domain's test split together, int32 [windows, seq]."""
+  windows = evaluation_windows(
+    config.domains, base.tokenizer, seq_len=config.eval_length, per_source=config.eval_windows
+  )
+  return np.concatenate(list(windows.values()))
 
 
 def draw(config: ConfigDict, base: BaseModel, samples: int, seed: int) -> jax.Array:

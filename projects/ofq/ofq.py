@@ -28,6 +28,7 @@ from common.models.decoder import Attention, AttentionContext
 from common.models.surgery import replace_module
 from common.models.vit import VisionTransformer
 from common.quantization import straight_through as ste
+from common.quantization.calibration import check_finite
 
 Array = jax.Array
 
@@ -341,7 +342,7 @@ def quantize(model: VisionTransformer, settings: QATSettings) -> VisionTransform
     raise UserError(f"OFQ quantizes vision transformers (ViT, DeiT), not {type(model).__name__}")
   if isinstance(model.embed_patches, QATLayer):
     raise UserError("the model is quantized already; start from the full-precision model")
-  check_finite(model, "the model")
+  check_finite(model)
   return _prepared_copy(model, settings)
 
 
@@ -387,32 +388,18 @@ def calibrate(model: nnx.Module, images: Array) -> None:
     images: float [batch, height, width, channels].
 
   Raises:
-    UserError: the images, or a step that they give, are not finite; or a step is 0.
+    UserError: the images, or a step that they give, are not finite.
   """
-  if not bool(jnp.isfinite(images).all()):
-    raise UserError("the calibration images hold NaN or infinite values; expected finite pixels")
+  check_finite(model, images)
   model.set_attributes(calibrating=True)
   _forward(model, images)
   model.set_attributes(calibrating=False)
-  check_finite(model, "the calibrated model")
+  check_finite(model)
 
 
 @nnx.jit
 def _forward(model: nnx.Module, images: Array) -> None:
   model(images)
-
-
-def check_finite(model: nnx.Module, what: str) -> None:
-  """Raises a UserError that names the first tensor with NaN or infinite values."""
-  for path, finite in nnx.to_flat_state(_finite(nnx.state(model, nnx.Param))):
-    if not finite[...]:
-      name = ".".join(map(str, path))
-      raise UserError(f"{what}: tensor {name!r} holds NaN or infinite values; expected finite ones")
-
-
-@jax.jit
-def _finite(state: nnx.State) -> nnx.State:
-  return jax.tree.map(lambda x: jnp.isfinite(x).all(), state)
 
 
 def block_layers(model: nnx.Module) -> dict[str, QATLayer | QueryKeyProduct]:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from common.checkpoints.huggingface import load_decoder, save_model
-from common.data.pipelines import calibration_samples, token_windows
+from common.data.pipelines import calibration_samples, evaluation_windows
 from common.errors import UserError
 from common.evaluation.harness import LM_EVAL, harness_model
 from common.evaluation.perplexity import WindowLosses, window_losses
@@ -60,7 +60,7 @@ def compare_on_decoders(config: ConfigDict, workdir: pathlib.Path, report: Repor
   base = base_model(config.model)
   for name in (*config.settings, *config.other_settings, *config.ablation_settings):
     check_model(base.model, settings_of(config, name))
-  windows = evaluation_windows(config, base)
+  windows = held_out_windows(config, base)
   shift = shift_of(config, base)
   draws = [make_draw(config, base, windows, seed, shift) for seed in config.seeds]
   parts = [
@@ -80,15 +80,12 @@ def compare_on_decoders(config: ConfigDict, workdir: pathlib.Path, report: Repor
     part()
 
 
-def evaluation_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
-  """Test windows, as many of every domain, int32 [windows, seq]."""
-  chosen = []
-  for domain in config.domains:
-    tokens = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length).tokens
-    # Evenly spaced over the split, so that a few windows still come from many documents.
-    count = min(config.eval_windows or len(tokens), len(tokens))
-    chosen.append(tokens[np.linspace(0, len(tokens) - 1, count).astype(int)])
-  return np.concatenate(chosen)
+def held_out_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
+  """Windows of every domain's test split together, int32 [windows, seq]."""
+  windows = evaluation_windows(
+    config.domains, base.tokenizer, seq_len=config.eval_length, per_source=config.eval_windows
+  )
+  return np.concatenate(list(windows.values()))
 
 
 def shift_of(config: ConfigDict, base: BaseModel) -> float:
@@ -292,7 +289,7 @@ def compare_ablations(
 def compare_families(config: ConfigDict, name: str, report: Report) -> None:
   """The same on another family of decoders."""
   base = base_model(name)
-  windows = evaluation_windows(config, base)
+  windows = held_out_windows(config, base)
   shift = shift_of(config, base)
   draws = [make_draw(config, base, windows, seed, shift) for seed in config.seeds]
   chosen = ("MinMax", "ZeroQuant", "SmoothQuant", "OS+")

@@ -24,7 +24,12 @@ from common.models.encoder import Encoder
 from common.models.surgery import get_module, linear_paths, replace_module
 from common.quantization.activations import ActivationFormat, quantize_inputs
 from common.quantization.attention import OPERANDS, QuantizedAttention
-from common.quantization.calibration import check_finite, quantize_model, token_mask
+from common.quantization.calibration import (
+  GPTQ_STAGES,
+  check_finite,
+  quantize_model,
+  token_mask,
+)
 from common.quantization.equivalent import ScalingGroup, smoothquant_scale
 from common.quantization.linear import get_kernels, pack_linears, set_kernels
 from common.quantization.quantized_array import IntegerFormat
@@ -47,7 +52,6 @@ from projects.outlier_suppression_plus.shift_and_scale import (
   tensor_outputs,
 )
 from projects.outlier_suppression_plus.sites import (
-  STAGES,
   ShiftAndScale,
   add_to_biases,
   fold,
@@ -165,7 +169,7 @@ def calibrate_block(
   every, found = linear_paths(block), {}
   static = settings.activations.granularity == "per_tensor"
   observation = settings.activations, settings.observer, settings.percentile
-  for stage in STAGES:
+  for stage in GPTQ_STAGES:
     paths = [path for path in stage if path in every]
     features = stage_inputs(*nnx.split(block), x, context, paths[0])
     if site := by_linear.get(paths[0]):
@@ -184,7 +188,7 @@ def calibrate_block(
       {p: _quantize_weights(w, settings.weights) for p, w in get_kernels(block, paths).items()},
     )
     quantize_inputs(block, paths, settings.activations, ranges)
-    if stage == STAGES[0] and settings.quantize_bmm:
+    if stage == GPTQ_STAGES[0] and settings.quantize_bmm:
       ranges = attention_ranges(block, x, context, *observation) if static else None
       formats = dict.fromkeys(OPERANDS, settings.activations)
       block.attention.attend = nnx.data(QuantizedAttention(formats, ranges))

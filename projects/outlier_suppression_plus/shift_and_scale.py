@@ -194,8 +194,8 @@ def tensor_outputs(x: Array, kernels: dict[str, Array]) -> Array:
 def weight_codes(w: Array, format: IntegerFormat) -> tuple[Array, Array, Array | None]:
   """Codes, scales and zero points of weights [in, out] in a min-max range that contains 0."""
   w = w.astype(jnp.float32)
-  low, high = rtn.min_max_range(w, format)
-  scales, zero_points = rtn.range_to_scales(jnp.minimum(low, 0), jnp.maximum(high, 0), format)
+  ends = rtn.min_max_range(w, format, include_zero=True)
+  scales, zero_points = rtn.range_to_scales(*ends, format)
   return rtn.encode(w, scales, zero_points, format), scales, zero_points
 
 

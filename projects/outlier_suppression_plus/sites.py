@@ -9,20 +9,13 @@ from flax import nnx
 from common.errors import UserError
 from common.models.decoder import Block, DecoderConfig
 from common.models.surgery import get_module
+from common.quantization.calibration import GPTQ_STAGES
 from common.quantization.equivalent import ScalingGroup, fold_scale, fold_shift, scaling_groups
 from common.quantization.linear import get_kernels, set_kernels
 from projects.outlier_suppression_plus.post_norm import PostNormBlock
 from projects.outlier_suppression_plus.shift_and_scale import ScaleSearch
 
 Array = jax.Array
-
-# The order in which a block's linears see their inputs.
-STAGES = (
-  ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-  ("attention.o_proj",),
-  ("mlp.gate_proj", "mlp.up_proj"),
-  ("mlp.down_proj",),
-)
 
 
 class ShiftAndScale(NamedTuple):
@@ -58,7 +51,7 @@ def sites(config: DecoderConfig, linear_to_linear: bool = True) -> list[ScalingG
       "supported: norm='layer' with a plain MLP (BERT, OPT-350M)"
     )
   return [
-    ScalingGroup("attention_input", STAGES[0], "attention"),
+    ScalingGroup("attention_input", GPTQ_STAGES[0], "attention"),
     ScalingGroup("attention_norm", ("mlp.up_proj",), "mlp.up_proj"),
   ]
 

@@ -1,13 +1,11 @@
 """VPTQ of a decoder's block and of a whole model: Hessians, quantized linears, stored or dense."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from common.errors import UserError
 from common.models.decoder import AttentionContext, Block, Decoder
 from common.models.surgery import get_module, linear_paths, replace_module
-from common.quantization.calibration import block_hessians, quantize_model
+from common.quantization.calibration import block_hessians, check_finite, quantize_model
 from common.quantization.linear import get_kernels
 from projects.vptq.finetune import Finetuning, finetune_block
 from projects.vptq.linear import VectorQuantizedArray, VectorQuantizedLinear
@@ -16,19 +14,15 @@ from projects.vptq.vptq import ProxyErrors, VPTQSettings, vptq
 Array = jax.Array
 
 
-def check_block(block: Block, settings: VPTQSettings) -> None:
-  """Checks every linear of a block before any work.
+def check_block(block: Block, settings: VPTQSettings, x: Array | None = None) -> None:
+  """Checks every linear of a block, and its inputs, before any work.
 
   Raises:
     UserError: one cannot be quantized so, or has NaN or infinities; it is named.
   """
   for path, kernel in get_kernels(block).items():
     settings.check(kernel.shape, path)
-    if not bool(jnp.isfinite(kernel).all()):
-      raise UserError(
-        f"the weight of {path} has NaN or infinite entries; expected finite weights: check the "
-        "checkpoint"
-      )
+  check_finite(block, x)
 
 
 def hessians_of_block(block: Block, x: Array, context: AttentionContext) -> dict[str, Array]:
@@ -37,18 +31,8 @@ def hessians_of_block(block: Block, x: Array, context: AttentionContext) -> dict
   Args:
     x: the block's inputs, [samples, seq, dim].
     context: see `common.quantization.calibration.quantize_blocks`.
-
-  Raises:
-    UserError: a linear's inputs have NaN or infinities.
   """
-  hessians = block_hessians(block, x, context, linear_paths(block))
-  for path, h in hessians.items():
-    if not bool(jnp.isfinite(h).all()):
-      raise UserError(
-        f"the calibration inputs of {path} have NaN or infinite entries; expected finite ones: "
-        "check the calibration text and the checkpoint's dtype"
-      )
-  return hessians
+  return block_hessians(block, x, context, linear_paths(block))
 
 
 def quantize_kernels(
@@ -91,9 +75,9 @@ def quantize_block(
     finetuning: layer-wise, of the quantized block; None leaves it out.
 
   Raises:
-    UserError: see `check_block` and `hessians_of_block`.
+    UserError: see `check_block`.
   """
-  check_block(block, settings)
+  check_block(block, settings, x)
   hessians = hessians_of_block(block, x, context)
   key, finetuning_key = jax.random.split(jax.random.fold_in(key, index))
   weights, _ = quantize_kernels(get_kernels(block), hessians, settings, key)
@@ -113,6 +97,7 @@ def model_hessians(model: Decoder, tokens: Array) -> list[dict[str, Array]]:
 
   def collect(index, block, x, context):
     del index
+    check_finite(block, x)
     hessians.append(hessians_of_block(block, x, context))
     return block
 

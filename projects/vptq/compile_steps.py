@@ -13,15 +13,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from common.compilation.decoder_steps import decoder_config
+from common.compilation.decoder_steps import (
+  decode_step,
+  decoder_config,
+  replicated,
+  scoring_step,
+)
 from common.compilation.step import Step, independent
 from common.models.decoder import Block, DecoderConfig, make_context
 from common.models.scan import abstract_stack
-from common.models.sharding import batch_sharding, cache_shardings, place
+from common.models.sharding import batch_sharding
 from common.models.surgery import linear_paths
 from common.quantization.calibration import block_hessians
 from common.quantization.linear import get_kernels
-from common.training.losses import next_token_loss
 from common.training.mesh import make_mesh
 from projects.vptq.blocks import replace_linears
 from projects.vptq.kmeans import lloyd
@@ -131,27 +135,8 @@ def packed_steps(
     return replace_linears(block, {p: jax.tree.map(zeros, w) for p, w in shapes.items()})
 
   scanned, params = abstract_stack(model, jnp.bfloat16, edit_block=pack)
-  everywhere = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), params)
-  params = place(params, everywhere)
-  ids = lambda length: jax.ShapeDtypeStruct(
-    (rows, length), jnp.int32, sharding=batch_sharding(mesh)
-  )
-  cache = jax.eval_shape(lambda: scanned.empty_cache(rows, CACHE_LENGTH, jnp.bfloat16))
-  cache_at = cache_shardings(cache, mesh)
-
-  def score(params, tokens):
-    return next_token_loss(scanned(params, tokens)[0], tokens, jnp.ones_like(tokens))
-
-  def decode(params, cache, tokens):
-    logits, cache = scanned(params, tokens, cache=cache)
-    return jnp.argmax(logits[:, -1], axis=-1), cache
-
-  decode = jax.jit(decode, donate_argnums=1, out_shardings=(batch_sharding(mesh), cache_at))
+  common = {"batch_size": rows, "params_at": replicated(params, mesh)}
   return [
-    Step(f"score, {rows} x {length} tokens, packed", score, (params, ids(length))),
-    Step(
-      f"decode, {rows} x 1 tokens, cache {CACHE_LENGTH}, packed",
-      decode,
-      (params, place(cache, cache_at), ids(1)),
-    ),
+    scoring_step(scanned, params, mesh, seq_len=length, **common),
+    decode_step(scanned, params, mesh, max_length=CACHE_LENGTH, **common),
   ]

@@ -22,7 +22,7 @@ from projects.vptq.methods import (
   Quantized,
   ablations,
   calibration,
-  evaluation_windows,
+  held_out_windows,
   main_methods,
   quantize_vptq,
   residual_settings,
@@ -34,7 +34,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   if config.zero_shot_tasks:
     _require_harness()
   base = base_model(config.model)
-  windows = evaluation_windows(config, base)
+  windows = held_out_windows(config, base)
   full = window_losses(base.model, windows)
   report = Report(tables=[], figures=[], claims=[])
   results: dict[str, list[tuple[Quantized, WindowLosses, float]]] = {}

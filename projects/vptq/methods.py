@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from common.data.pipelines import calibration_samples, token_windows
+from common.data.pipelines import calibration_samples, evaluation_windows
 from common.models.base import BaseModel
 from common.models.decoder import Decoder
 from common.quantization.calibration import gptq_block, quantize_model, rtn_block
@@ -76,15 +76,12 @@ def outlier_settings(config: ConfigDict, fraction: float) -> VPTQSettings:
   )
 
 
-def evaluation_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
-  """Windows of every domain's test split, evenly spaced over it, int32 [windows, seq]."""
-  chosen = []
-  for domain in config.domains:
-    windows = token_windows(domain, base.tokenizer, split="test", seq_len=config.eval_length).tokens
-    count = len(windows)
-    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
-    chosen.append(windows[kept])
-  return np.concatenate(chosen)
+def held_out_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
+  """Windows of every domain's test split together, int32 [windows, seq]."""
+  windows = evaluation_windows(
+    config.domains, base.tokenizer, seq_len=config.eval_length, per_source=config.eval_windows
+  )
+  return np.concatenate(list(windows.values()))
 
 
 def calibration(config: ConfigDict, base: BaseModel, seed: int) -> Array:

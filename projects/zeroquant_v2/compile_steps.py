@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from common.compilation.decoder_steps import decoder_config
+from common.compilation.decoder_steps import decoder_config, replicated, scoring_step
 from common.compilation.step import Step
 from common.models.base import FAMILIES
 from common.models.decoder import Block, DecoderConfig, make_context
@@ -24,7 +24,6 @@ from common.models.sharding import batch_sharding, place
 from common.quantization.gptq import gptq
 from common.quantization.linear import get_kernels
 from common.quantization.quantized_array import IntegerFormat
-from common.training.losses import next_token_loss
 from common.training.mesh import AXES, make_mesh
 from projects.zeroquant_v2.evaluation import activation_format, parse_setting
 from projects.zeroquant_v2.methods import integer_format, settings_of
@@ -71,7 +70,7 @@ def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Ste
   return [
     distillation_step(config, model, settings, mesh),
     gptq_step(model, format, mesh),
-    scoring_step(config, model, settings, mesh),
+    packed_scoring_step(config, model, settings, mesh),
   ]
 
 
@@ -117,7 +116,7 @@ def gptq_step(model: DecoderConfig, format: IntegerFormat, mesh: Mesh) -> Step:
   return Step("GPTQ of up_proj", lambda w, h: gptq(w, h, format), arguments)
 
 
-def scoring_step(
+def packed_scoring_step(
   config: ConfigDict, model: DecoderConfig, settings: ZeroQuantSettings, mesh: Mesh
 ) -> Step:
   """The packed and compensated model on windows of text, a row on every device."""
@@ -127,16 +126,14 @@ def scoring_step(
     return pack_block(block, weights, settings)
 
   scanned, params = abstract_stack(model, jnp.bfloat16, edit_block=pack)
-  everywhere = NamedSharding(mesh, PartitionSpec())
-  params = place(params, jax.tree.map(lambda _: everywhere, params))
-  shape = (mesh.size, config.eval_length)
-  tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-
-  def score(params, tokens):
-    return next_token_loss(scanned(params, tokens)[0], tokens, jnp.ones_like(tokens))
-
-  name = f"score, {shape[0]} x {shape[1]} tokens, packed with rank {settings.rank}"
-  return Step(name, score, (params, tokens))
+  return scoring_step(
+    scanned,
+    params,
+    mesh,
+    batch_size=mesh.size,
+    seq_len=config.eval_length,
+    params_at=replicated(params, mesh),
+  )
 
 
 def columns_everywhere(leaf, mesh: Mesh) -> NamedSharding:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from common.data.pipelines import calibration_samples, token_windows
+from common.data.pipelines import calibration_samples, evaluation_windows
 from common.errors import UserError
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel
@@ -49,13 +49,10 @@ class Evaluation(NamedTuple):
 
 
 def load_evaluation(config: ConfigDict, base: BaseModel) -> Evaluation:
-  """Windows of every corpus' test split, evenly spaced, so that a few come from many documents."""
-  windows = {}
-  for corpus in config.corpora:
-    tokens = token_windows(corpus, base.tokenizer, split="test", seq_len=config.eval_length).tokens
-    count = len(tokens)
-    kept = np.linspace(0, count - 1, min(config.eval_windows or count, count)).astype(int)
-    windows[corpus] = tokens[kept]
+  """Windows of every corpus' test split."""
+  windows = evaluation_windows(
+    config.corpora, base.tokenizer, seq_len=config.eval_length, per_source=config.eval_windows
+  )
   return Evaluation(windows, config.eval_batch_size)
 
 

@@ -344,9 +344,9 @@ def test_bad_input_is_refused_before_any_work(teacher):
   broken.blocks[0].mlp.up_proj.kernel[...] = (
     broken.blocks[0].mlp.up_proj.kernel[...].at[0, 0].set(jnp.nan)
   )
-  with pytest.raises(UserError, match="'blocks.0.mlp.up_proj.kernel' holds NaN"):
+  with pytest.raises(UserError, match="blocks.0.mlp.up_proj.kernel: NaN"):
     ofq.quantize(broken, QATSettings())
-  with pytest.raises(UserError, match="calibration images hold NaN"):
+  with pytest.raises(UserError, match="the calibration activations: NaN"):
     ofq.calibrate(quantized(), IMAGES.at[0].set(jnp.nan))
 
 

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from common.data import pipelines
-from common.data.pipelines import calibration_samples, token_batches, token_windows
+from common.data.pipelines import (
+  calibration_samples,
+  evaluation_windows,
+  token_batches,
+  token_windows,
+)
 from common.data.sources import load_documents
 from common.data.tokenizer import encode_documents
 from common.errors import UserError
@@ -281,3 +286,14 @@ def test_bad_arguments(tokenizer, source):
   for bad in ({"seq_len": 0}, {"batch_size": 0}, {"shard_index": 2, "shard_count": 2}):
     with pytest.raises(ValueError):
       token_batches(source, tokenizer, **{**kwargs, **bad})
+
+
+def test_evaluation_windows_are_spread_over_the_source(source, tokenizer):
+  every = token_windows(source, tokenizer, split="test", seq_len=16).tokens
+  last = len(every) - 1
+  assert last > 4
+  few = evaluation_windows([source], tokenizer, seq_len=16, per_source=3)
+  np.testing.assert_array_equal(few[source], every[[0, last // 2, last]])
+  for enough in (None, 0, last + 1, last + 9):
+    whole = evaluation_windows([source], tokenizer, seq_len=16, per_source=enough)
+    np.testing.assert_array_equal(whole[source], every)

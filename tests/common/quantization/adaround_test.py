@@ -13,7 +13,6 @@ from common.quantization.adaround import (
   adaround_objective,
   harden,
   rectified_sigmoid,
-  spread,
 )
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import QuantizedKernel
@@ -37,14 +36,6 @@ class Unit(nnx.Module):
 
 def run(unit, x, context):
   return unit.layer(x)
-
-
-def test_spread_repeats_every_groups_value_over_its_weights():
-  groups = jnp.arange(6.0).reshape(2, 3)
-  expected = np.repeat(np.asarray(groups), 4, axis=0)
-  np.testing.assert_array_equal(spread(groups, (8, 3)), expected)
-  np.testing.assert_array_equal(spread(groups, (2, 2, 2, 3)), expected.reshape(2, 2, 2, 3))
-  np.testing.assert_array_equal(spread(jnp.full((1, 1), 2.0), (3, 5)), np.full((3, 5), 2.0))
 
 
 def test_it_starts_from_the_weights_themselves():

@@ -221,3 +221,21 @@ def test_scale_type_does_not_matter_to_equality():
   """Formats are static arguments: the same type spelled in two ways must not compile twice."""
   a, b = (dataclasses.replace(IntegerFormat(4), scale_dtype=d) for d in (jnp.float16, "float16"))
   assert a == b and hash(a) == hash(b)
+
+
+def test_spread_repeats_every_groups_value_over_its_weights():
+  groups = jnp.arange(6.0).reshape(2, 3)
+  expected = np.repeat(np.asarray(groups), 4, axis=0)
+  np.testing.assert_array_equal(rtn.spread(groups, (8, 3)), expected)
+  np.testing.assert_array_equal(rtn.spread(groups, (2, 2, 2, 3)), expected.reshape(2, 2, 2, 3))
+  np.testing.assert_array_equal(rtn.spread(jnp.full((1, 1), 2.0), (3, 5)), np.full((3, 5), 2.0))
+
+
+@pytest.mark.parametrize("axis", (0, 1, None))
+def test_a_range_can_be_made_to_contain_zero(axis):
+  w = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)) + 1, jnp.float32)
+  format = IntegerFormat(4, 2 if axis is not None else -1, axis=axis)
+  low, high = rtn.min_max_range(w, format)
+  wide = rtn.min_max_range(w, format, include_zero=True)
+  np.testing.assert_array_equal(wide, (np.minimum(low, 0), np.maximum(high, 0)))
+  assert axis is None or (np.asarray(low) > 0).any()
