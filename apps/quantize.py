@@ -42,8 +42,8 @@ _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace --out")
 
 def awq(config, format):
   """AWQ's `quantize_block`, and what to do once every block is through."""
+  from common.quantization.awq import AWQSettings, quantize_block, search_block
   from projects.awq import search_result
-  from projects.awq.awq import AWQSettings, quantize_block, search_block
 
   settings = AWQSettings(format=format)
   path = pathlib.Path(_SEARCH.value) if _SEARCH.value else None

@@ -26,15 +26,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from common.quantization.gptq import gptq, hessian
-from common.quantization.quantized_array import IntegerFormat
-from projects.awq.awq import (
+from common.quantization.awq import (
   AWQSettings,
   activation_statistic,
   linear_error,
   search_clip,
   search_scale,
 )
+from common.quantization.gptq import gptq, hessian
+from common.quantization.quantized_array import IntegerFormat
 
 BITS, GROUP = 4, 128
 LEVELS = 2**BITS - 1

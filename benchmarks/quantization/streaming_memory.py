@@ -45,9 +45,9 @@ def quantize(source: str, target: str) -> None:
   import numpy as np
 
   from common.checkpoints.huggingface import Checkpoint
+  from common.quantization.awq import AWQSettings, quantize_block, search_block
   from common.quantization.checkpoint import quantize_checkpoint
   from common.quantization.quantized_array import IntegerFormat
-  from projects.awq.awq import AWQSettings, quantize_block, search_block
 
   checkpoint = Checkpoint(source)
   format = IntegerFormat(4, 128, scale_dtype=jnp.float16)

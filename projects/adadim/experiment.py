@@ -5,6 +5,7 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -16,10 +17,12 @@ from common.evaluation.perplexity import WindowLosses, paired_difference
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
 from common.quantization.linear import bits_per_weight
+from common.quantization.quantized_array import IntegerFormat
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.adadim.adadim import PER_IC, PER_OC, check_sizes, module_order, quantize
 from projects.adadim.methods import (
+  awq_dequantized,
   calibration,
   load_evaluation,
   losses,
@@ -88,12 +91,17 @@ def compare_methods(
   """The main table of one variant, the axis that each linear chose, and claims 1 to 3."""
   results, quantized = collections.defaultdict(list), collections.defaultdict(list)
   full = losses(base.model, windows, config.domains)
+
+  def record(method, result):
+    results[method].append(losses(result.model, windows, config.domains))
+    quantized[method].append(result._replace(model=None))
+
   for seed, tokens in draws.items():
     model = variant(config, name, base.model, seed)
     for method, settings in methods(config, config.bits, config.group_size).items():
-      result = quantize_dequantized(model, tokens, settings)
-      results[method].append(losses(result.model, windows, config.domains))
-      quantized[method].append(result._replace(model=None))
+      record(method, quantize_dequantized(model, tokens, settings))
+    format = IntegerFormat(config.bits, config.group_size, scale_dtype=jnp.float16)
+    record("AWQ", awq_dequantized(model, tokens, format))
   rows = [["full precision", full.perplexity, None, None, None, None, 32.0, None]]
   for method, values in results.items():
     perplexities = [loss.perplexity for loss in values]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,12 +15,14 @@ from common.data.pipelines import calibration_samples, evaluation_windows
 from common.errors import UserError
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel
-from common.models.decoder import Decoder
+from common.models.decoder import AttentionContext, Block, Decoder
 from common.models.outliers import inject_outliers
+from common.quantization import rtn
+from common.quantization.awq import AWQSettings, apply_search, search_block
 from common.quantization.calibration import quantize_model
 from common.quantization.equivalent import fold_scale, scaling_groups
 from common.quantization.linear import get_kernels, set_kernels
-from common.quantization.quantized_array import IntegerFormat
+from common.quantization.quantized_array import IntegerFormat, QuantizedArray
 from projects.adadim.adadim import AdaDimSettings, quantize_weights
 
 Array = jax.Array
@@ -65,12 +68,37 @@ def methods(config: ConfigDict, bits: int, group_size: int) -> dict[str, AdaDimS
   }
 
 
+# (full-precision block, its inputs, context) -> (block to take the weights, packed weights by path,
+# errors of an adaptive choice or None)
+Weights = Callable[
+  [Block, Array, AttentionContext],
+  tuple[Block, dict[str, QuantizedArray], dict[str, Array] | None],
+]
+
+
 def quantize_dequantized(model: Decoder, tokens: Array, settings: AdaDimSettings) -> Quantized:
   """Quantizes a model. tokens: calibration samples, int32 [samples, seq]."""
+  weights = lambda block, x, context: (block, *quantize_weights(block, x, context, settings))
+  return _quantized(model, tokens, weights, settings.stream)
+
+
+def awq_dequantized(model: Decoder, tokens: Array, format: IntegerFormat) -> Quantized:
+  """The baseline AWQ: scales and clipping searched, then groups along the input rounded."""
+  settings = AWQSettings(format)
+
+  def weights(block, x, context):
+    search = search_block(block, x, context, model.config, settings)
+    block = apply_search(block, search, model.config)
+    return block, {p: _rtn(w, format) for p, w in get_kernels(block).items()}, None
+
+  return _quantized(model, tokens, weights, "full_precision")
+
+
+def _quantized(model: Decoder, tokens: Array, weights_of: Weights, stream: str) -> Quantized:
   packed, errors = [], []
 
   def quantize_block(index, block, x, context):
-    weights, block_errors = quantize_weights(block, x, context, settings)
+    block, weights, block_errors = weights_of(block, x, context)
     packed.extend(weights.values())
     if block_errors is not None:
       errors.append(block_errors)
@@ -79,7 +107,7 @@ def quantize_dequantized(model: Decoder, tokens: Array, settings: AdaDimSettings
     return block
 
   start = time.perf_counter()
-  quantized = quantize_model(model, tokens, quantize_block, stream=settings.stream)
+  quantized = quantize_model(model, tokens, quantize_block, stream=stream)
   quantized, errors = jax.block_until_ready((quantized, errors))
   seconds = time.perf_counter() - start
   size = lambda w: w.shape[0] * w.shape[1]
@@ -162,3 +190,4 @@ def num_weights(model: Decoder) -> int:
 
 
 _dequantize = jax.jit(lambda weight: weight.dequantize())
+_rtn = jax.jit(rtn.quantize, static_argnums=1)

@@ -18,13 +18,13 @@ from common.compilation.step import Step
 from common.models.decoder import Block, DecoderConfig, make_context
 from common.models.scan import abstract_stack
 from common.models.sharding import batch_sharding, place, shardings
+from common.quantization.awq import search_clip, search_group_scale
 from common.quantization.calibration import rtn_block
 from common.quantization.equivalent import scaling_groups
 from common.quantization.gptq import gptq
 from common.quantization.linear import get_kernels
 from common.quantization.quantized_array import IntegerFormat
 from common.training.mesh import AXES, make_mesh
-from projects.awq.awq import search_clip, search_group_scale
 from projects.awq.methods import awq_settings, integer_format
 
 # Rows of the packed model's steps, if the slice has no more; slots of its cache.

@@ -18,12 +18,12 @@ from common.evaluation.perplexity import WindowLosses, paired_difference
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
 from common.models.outliers import inject_outliers
+from common.quantization.awq import apply_to_model, search_model
 from common.quantization.calibration import quantize_model
 from common.quantization.linear import bits_per_weight
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.awq import salient, search_result
-from projects.awq.awq import apply_to_model, search_model
 from projects.awq.methods import (
   awq,
   awq_settings,

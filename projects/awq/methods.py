@@ -15,6 +15,7 @@ from common.data.pipelines import calibration_samples, evaluation_windows
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel
 from common.models.decoder import Decoder
+from common.quantization.awq import AWQSettings, apply_to_model, search_model
 from common.quantization.calibration import (
   gptq_block,
   quantize_model,
@@ -22,7 +23,6 @@ from common.quantization.calibration import (
   smoothquant_block,
 )
 from common.quantization.quantized_array import IntegerFormat
-from projects.awq.awq import AWQSettings, apply_to_model, search_model
 
 Array = jax.Array
 

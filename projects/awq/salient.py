@@ -12,10 +12,10 @@ from flax import nnx
 
 from common.models.decoder import AttentionContext, Block
 from common.quantization import rtn
+from common.quantization.awq import activation_statistic, scaled_fake_quantize
 from common.quantization.calibration import block_inputs
 from common.quantization.linear import get_kernels, set_kernels
 from common.quantization.quantized_array import IntegerFormat
-from projects.awq.awq import activation_statistic, scaled_fake_quantize
 
 Array = jax.Array
 

@@ -16,8 +16,8 @@ import safetensors
 
 from common.checkpoints.shards import save_tensors
 from common.errors import UserError
+from common.quantization.awq import AWQSettings, BlockSearch
 from common.quantization.quantized_array import IntegerFormat
-from projects.awq.awq import AWQSettings, BlockSearch
 
 
 def save(path: str | os.PathLike, searches: list[BlockSearch], settings: AWQSettings) -> None:

@@ -341,7 +341,7 @@ def test_tiny_run(tmp_path):
   for figure in report.figures:
     assert (tmp_path / figure.path).stat().st_size > 0
   rows = {row[0]: row for row in report.tables[0].rows}
-  assert len(rows) == 9 and all(np.isfinite(row[1]) for row in rows.values())
+  assert len(rows) == 10 and all(np.isfinite(row[1]) for row in rows.values())
   assert rows["RTN-ada"][6] == pytest.approx(3 + 19 / 32)
-  assert (rows["RTN-OC"][5], rows["RTN-IC"][5]) == (0, 1)
+  assert (rows["RTN-OC"][5], rows["AWQ"][5], rows["RTN-IC"][5]) == (0, 0, 1)
   assert rows["RTN-heuristic"][5] == pytest.approx(4 / 7)

@@ -8,8 +8,9 @@ import pytest
 import safetensors.numpy
 
 from common.errors import UserError
+from common.quantization import awq
 from common.quantization.quantized_array import IntegerFormat
-from projects.awq import awq, search_result
+from projects.awq import search_result
 
 SETTINGS = awq.AWQSettings(IntegerFormat(3, 16, scale_dtype=jnp.float16))
 

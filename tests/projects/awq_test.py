@@ -13,11 +13,11 @@ from flax import nnx
 from common.errors import UserError
 from common.models.decoder import make_context
 from common.models.outliers import inject_outliers
-from common.quantization import rtn
+from common.quantization import awq, rtn
 from common.quantization.calibration import quantize_blocks, rtn_block
 from common.quantization.linear import quantized_weights
 from common.quantization.quantized_array import IntegerFormat
-from projects.awq import awq, config, experiment, salient, search_result
+from projects.awq import config, experiment, salient, search_result
 from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
