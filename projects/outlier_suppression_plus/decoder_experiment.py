@@ -22,6 +22,7 @@ from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
 from common.models.outliers import inject_outliers
 from common.quantization.calibration import block_inputs
+from common.quantization.shift_and_scale import channel_range
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.outlier_suppression_plus.methods import ablations, main_methods, settings_of
@@ -30,7 +31,6 @@ from projects.outlier_suppression_plus.outlier_suppression_plus import (
   fold_model,
   quantize,
 )
-from projects.outlier_suppression_plus.shift_and_scale import channel_range
 from projects.outlier_suppression_plus.sites import sites
 
 Array = jax.Array

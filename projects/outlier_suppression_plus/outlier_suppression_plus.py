@@ -33,15 +33,7 @@ from common.quantization.calibration import (
 from common.quantization.equivalent import ScalingGroup, smoothquant_scale
 from common.quantization.linear import get_kernels, pack_linears, set_kernels
 from common.quantization.quantized_array import IntegerFormat
-from projects.outlier_suppression_plus.observation import (
-  Observer,
-  attention_ranges,
-  observed_range,
-  repeat_real_tokens,
-  stage_inputs,
-)
-from projects.outlier_suppression_plus.post_norm import PostNormBlock, fold_inputs
-from projects.outlier_suppression_plus.shift_and_scale import (
+from common.quantization.shift_and_scale import (
   Outputs,
   ScaleSearch,
   channel_range,
@@ -51,6 +43,14 @@ from projects.outlier_suppression_plus.shift_and_scale import (
   search_scale,
   tensor_outputs,
 )
+from projects.outlier_suppression_plus.observation import (
+  Observer,
+  attention_ranges,
+  observed_range,
+  repeat_real_tokens,
+  stage_inputs,
+)
+from projects.outlier_suppression_plus.post_norm import PostNormBlock, fold_inputs
 from projects.outlier_suppression_plus.sites import (
   ShiftAndScale,
   add_to_biases,

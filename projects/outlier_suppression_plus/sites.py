@@ -12,8 +12,8 @@ from common.models.surgery import get_module
 from common.quantization.calibration import GPTQ_STAGES
 from common.quantization.equivalent import ScalingGroup, fold_scale, fold_shift, scaling_groups
 from common.quantization.linear import get_kernels, set_kernels
+from common.quantization.shift_and_scale import ScaleSearch
 from projects.outlier_suppression_plus.post_norm import PostNormBlock
-from projects.outlier_suppression_plus.shift_and_scale import ScaleSearch
 
 Array = jax.Array
 
