@@ -24,9 +24,9 @@ from common.models.decoder import Block, DecoderConfig
 from common.models.scan import abstract_stack
 from common.models.sharding import batch_sharding
 from common.models.surgery import get_module, linear_paths, replace_module
+from common.quantization.float_linear import FloatLinear
 from common.quantization.linear import get_kernels
 from common.training.mesh import make_mesh
-from projects.llm_fp4.layers import FoldedLinear
 from projects.llm_fp4.llm_fp4 import DEFAULT_FORMATS, FPQSettings, search_linear
 from projects.llm_fp4.methods import fpq_settings
 
@@ -89,11 +89,11 @@ def folded_steps(
   ]
 
 
-def empty_folded(linear: nnx.Linear, settings: FPQSettings) -> FoldedLinear:
+def empty_folded(linear: nnx.Linear, settings: FPQSettings) -> FloatLinear:
   """A folded layer of a linear's size."""
   channels, outputs = linear.kernel.shape
   weight_format = DEFAULT_FORMATS[settings.weight_bits]
-  return FoldedLinear(
+  return FloatLinear(
     jnp.zeros((channels, outputs), weight_format.dtype),
     jnp.zeros(outputs),
     jnp.zeros(channels, jnp.int32),

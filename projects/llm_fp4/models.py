@@ -88,7 +88,7 @@ def apply_search(module: nnx.Module, searches: Searches, settings: FPQSettings, 
     module: a block or a model.
     searches: of its linears.
     settings: of the search.
-    packed: as codes (`FoldedLinear`), otherwise in floating point (`FPQLinear`).
+    packed: as codes (`FloatLinear`), otherwise in floating point (`FPQLinear`).
 
   Raises:
     UserError: the searches are another model's.

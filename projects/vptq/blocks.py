@@ -7,8 +7,8 @@ from common.models.decoder import AttentionContext, Block, Decoder
 from common.models.surgery import get_module, linear_paths, replace_module
 from common.quantization.calibration import block_hessians, check_finite, quantize_model
 from common.quantization.linear import get_kernels
+from common.quantization.vector_quantized import VectorQuantizedArray, VectorQuantizedLinear
 from projects.vptq.finetune import Finetuning, finetune_block
-from projects.vptq.linear import VectorQuantizedArray, VectorQuantizedLinear
 from projects.vptq.vptq import ProxyErrors, VPTQSettings, vptq
 
 Array = jax.Array

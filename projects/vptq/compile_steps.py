@@ -26,10 +26,10 @@ from common.models.sharding import batch_sharding
 from common.models.surgery import linear_paths
 from common.quantization.calibration import block_hessians
 from common.quantization.linear import get_kernels
+from common.quantization.vector_quantized import VectorQuantizedArray
 from common.training.mesh import make_mesh
 from projects.vptq.blocks import replace_linears
 from projects.vptq.kmeans import lloyd
-from projects.vptq.linear import VectorQuantizedArray
 from projects.vptq.methods import settings
 from projects.vptq.vptq import (
   VPTQSettings,

@@ -14,7 +14,7 @@ from flax import nnx
 
 from common.models.decoder import AttentionContext, Block, Decoder
 from common.quantization.calibration import run_block
-from projects.vptq.linear import PackedIndices
+from common.quantization.vector_quantized import PackedIndices
 
 Array = jax.Array
 

@@ -15,6 +15,7 @@ from common.models.decoder import Decoder
 from common.quantization.calibration import gptq_block, quantize_model, rtn_block
 from common.quantization.linear import bits_per_weight, get_kernels, quantized_weights, set_kernels
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.vector_quantized import mean_bits
 from projects.vptq.blocks import (
   dense,
   finetune_blocks,
@@ -22,7 +23,6 @@ from projects.vptq.blocks import (
 )
 from projects.vptq.finetune import Finetuning, finetune_model
 from projects.vptq.gptvq import gptvq
-from projects.vptq.linear import mean_bits
 from projects.vptq.vptq import VPTQSettings, proxy_error
 
 Array = jax.Array

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 
 from common.errors import UserError
 from common.quantization.gptq import inverse_cholesky
+from common.quantization.vector_quantized import VectorQuantizedArray
+from kernels.lookup_matmul.api import pack_indices
 from projects.vptq.kmeans import nearest_centroid, weighted_kmeans
-from projects.vptq.linear import VectorQuantizedArray
-from projects.vptq.lookup_matmul import pack_indices
 
 Array = jax.Array
 

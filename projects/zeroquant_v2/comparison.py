@@ -8,9 +8,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from common.models.base import BaseModel
+from common.quantization.low_rank import bits_per_weight
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
-from projects.zeroquant_v2.compensated_linear import bits_per_weight
 from projects.zeroquant_v2.evaluation import (
   Evaluation,
   activation_format,

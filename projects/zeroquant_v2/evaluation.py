@@ -18,8 +18,8 @@ from common.models.decoder import Decoder
 from common.models.surgery import linear_paths
 from common.quantization.activations import ActivationFormat, quantize_inputs
 from common.quantization.linear import set_kernels
+from common.quantization.low_rank import LowRank
 from common.quantization.quantized_array import QuantizedArray
-from projects.zeroquant_v2.low_rank import LowRank
 
 Array = jax.Array
 

@@ -10,11 +10,10 @@ from ml_collections import ConfigDict
 from common.evaluation.perplexity import paired_difference
 from common.models.base import BaseModel
 from common.quantization.linear import get_kernels
+from common.quantization.low_rank import bits_per_weight, residual_energy
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
-from projects.zeroquant_v2.compensated_linear import bits_per_weight
 from projects.zeroquant_v2.evaluation import Evaluation, dense_kernels, dense_model, nats
-from projects.zeroquant_v2.low_rank import residual_energy
 from projects.zeroquant_v2.methods import (
   factors_of,
   integer_format,

@@ -40,6 +40,13 @@ from common.quantization.calibration import (
 )
 from common.quantization.gptq import gptq, stable_damping
 from common.quantization.linear import get_kernels, pack_linears, set_kernels
+from common.quantization.low_rank import (
+  LowRank,
+  check_rank,
+  compensate_linears,
+  low_rank,
+  quantize_factors,
+)
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray, from_codes
 from common.quantization.quantized_kernel import QuantizedKernel, quantize_kernels
 from common.quantization.reconstruction import (
@@ -50,8 +57,6 @@ from common.quantization.reconstruction import (
   run_transformer_block,
 )
 from common.quantization.straight_through import straight_through
-from projects.zeroquant_v2.compensated_linear import compensate_linears
-from projects.zeroquant_v2.low_rank import LowRank, check_rank, low_rank, quantize_factors
 
 Array = jax.Array
 

@@ -16,12 +16,11 @@ from common.models.surgery import linear_paths
 from common.quantization.calibration import quantize_blocks, quantize_model
 from common.quantization.gptq import gptq, hessian, inverse_cholesky
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.vector_quantized import VectorQuantizedLinear, vector_quantized_weights
 from projects.vptq import blocks, config, experiment
 from projects.vptq.finetune import Finetuning, finetune_block, finetune_model
 from projects.vptq.gptvq import joint_pass
 from projects.vptq.kmeans import lloyd, nearest_centroid
-from projects.vptq.linear import VectorQuantizedLinear, vector_quantized_weights
-from projects.vptq.lookup_matmul import lookup, lookup_matmul, pack_indices, unpack_indices
 from projects.vptq.vptq import VPTQSettings, column_pass, prepare, proxy_error, to_vectors, vptq
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
@@ -192,33 +191,6 @@ def test_residual_codebook_with_zero_never_adds_error():
   norms = lambda result: jnp.sum(to_vectors(result.error, 3) ** 2, axis=-1)
   assert (norms(both) <= norms(first) + 1e-6).all()
   assert float(norms(both).sum()) < 0.9 * float(norms(first).sum())
-
-
-@pytest.mark.parametrize("bits", [1, 4, 12, 16])
-def test_packed_indices_come_back(bits):
-  indices = np.random.default_rng(bits).integers(0, 2**bits, (37, 5))
-  planes = pack_indices(jnp.asarray(indices), 2**bits)
-  assert planes.shape == (2, bits, 5) and planes.dtype == jnp.uint32
-  np.testing.assert_array_equal(unpack_indices(planes, 37), indices)
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
-def test_lookup_matmul_against_dense(dtype, tolerance):
-  """Two groups, a residual, and a last vector that is cut off."""
-  rng = np.random.default_rng(0)
-  indices, rest = rng.integers(0, 16, (40, 4)), rng.integers(0, 8, (40, 4))
-  codebooks, residual = normal(1, 2, 16, 3), normal(2, 2, 8, 3)
-  x = normal(3, 2, 5, 40).astype(dtype)
-  group = np.arange(40) // 20
-  w = np.asarray(codebooks)[group[:, None], indices] + np.asarray(residual)[group[:, None], rest]
-  w = w.reshape(40, 12)[:, :10]
-  planes, rest_planes = pack_indices(jnp.asarray(indices), 16), pack_indices(jnp.asarray(rest), 8)
-  np.testing.assert_allclose(
-    lookup(planes, codebooks, 40, 10) + lookup(rest_planes, residual, 40, 10), w, rtol=1e-6
-  )
-  y = lookup_matmul(x, planes, codebooks, rest_planes, residual, columns=10)
-  expected = np.asarray(x, np.float32) @ w
-  np.testing.assert_allclose(y, expected, atol=tolerance * np.abs(expected).max())
 
 
 VARIANTS = {

@@ -10,12 +10,16 @@ Weights are [in, out] here, the transpose of the paper's: its V is A, its U is B
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from common.errors import UserError
+from common.models.surgery import get_module, replace_module
 from common.quantization import rtn
+from common.quantization.linear import QuantizedLinear
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
 from kernels.quantized_matmul.api import quantized_matmul
 
@@ -106,6 +110,35 @@ def residual_energy(error: Array) -> Array:
   # Summed from the small end: the difference of two large sums would have no digits left.
   tail = jnp.append(jnp.cumsum(energy[::-1])[::-1], 0.0)
   return tail / tail[0]
+
+
+class LowRankFactors(nnx.Variable):
+  """An NNX variable that holds a `LowRank`."""
+
+
+class CompensatedLinear(nnx.Module):
+  """x W_q + (x A) B + bias."""
+
+  def __init__(self, quantized: QuantizedLinear, factors: LowRank):
+    self.quantized = quantized
+    self.factors = LowRankFactors(factors)
+
+  def __call__(self, x: Array) -> Array:
+    """[..., in] -> [..., out] in x's dtype."""
+    return self.quantized(x) + self.factors.get_value().apply(x)
+
+
+def compensate_linears(module: nnx.Module, factors: Mapping[str, LowRank]) -> None:
+  """Gives the packed linear at each path its second path, in place."""
+  for path, low_rank in factors.items():
+    replace_module(module, path, CompensatedLinear(get_module(module, path), low_rank))
+
+
+def bits_per_weight(weights: Iterable[QuantizedArray], factors: Iterable[LowRank] = ()) -> float:
+  """Mean stored bits of weights: codes, scales, zero points and LoRC's factors."""
+  sizes = [(w.bits_per_weight(), w.shape[0] * w.shape[1]) for w in weights]
+  bits = sum(b * n for b, n in sizes) + sum(f.stored_bits() for f in factors)
+  return bits / sum(n for _, n in sizes)
 
 
 def _dense(factor: Array | QuantizedArray) -> Array:

@@ -1,4 +1,4 @@
-"""Matrix product with weights that are indices into codebooks, in plain JAX. Knows only arrays.
+"""Packed indices, and the reference implementation in plain JAX: look up, then dot.
 
 Row n of a weight [in, out] is ceil(out / v) vectors of v consecutive outputs; each is a centroid
 of its row's codebook. Indices of b bits are stored as bit planes: 32 consecutive rows make b words
@@ -58,23 +58,11 @@ def lookup_matmul(
   x: Array,
   planes: Array,
   codebooks: Array,
-  residual_planes: Array | None = None,
-  residual_codebooks: Array | None = None,
-  *,
+  residual_planes: Array | None,
+  residual_codebooks: Array | None,
   columns: int,
 ) -> Array:
-  """x @ W for W = codebook[index] (+ residual_codebook[residual_index]).
-
-  Args:
-    x: [..., in], float32 or bfloat16.
-    planes: packed indices, uint32 [ceil(in / 32), log2 k, ceil(out / v)].
-    codebooks: [groups, k, v], any float type; groups divides in.
-    residual_planes, residual_codebooks: of the second stage, or None.
-    columns: out.
-
-  Returns:
-    float32 [..., out], accumulated in float32.
-  """
+  """As `api.lookup_matmul`, in float32."""
   # Look up when x is there, not before: a decoding loop's compiler would otherwise move every
   # layer's lookup out of the loop and hold the whole model in full precision.
   x, planes, residual_planes = jax.lax.optimization_barrier((x, planes, residual_planes))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from projects.vptq.lookup_matmul import index_bits, lookup, lookup_matmul
+from kernels.lookup_matmul.api import index_bits, lookup, lookup_matmul
 
 Array = jax.Array
 

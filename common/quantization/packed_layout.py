@@ -1,0 +1,209 @@
+"""Quantized blocks of any method as tensors and JSON: a checkpoint layout of our own.
+
+A block is the plain block of its config with other layers in some places: packed linears, rounded
+inputs, a scaled activation. Its tensors are named by their paths; JSON describes the layers, each by
+its class and the arguments of its constructor, which it keeps as attributes of the same names. Only
+the classes below are ever built: nothing in a file is executed.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from common.errors import UserError
+from common.models.activations import ACTIVATIONS
+from common.models.decoder import Block
+from common.models.surgery import replace_module
+from common.quantization.activations import ActivationFormat, QuantizedInput
+from common.quantization.attention import QuantizedAttention
+from common.quantization.equivalent import ScaledActivation
+from common.quantization.float_format import FloatFormat
+from common.quantization.float_linear import FloatLinear
+from common.quantization.linear import QuantizedLinear
+from common.quantization.low_rank import CompensatedLinear, LowRank
+from common.quantization.quantized_array import IntegerFormat, QuantizedArray
+from common.quantization.vector_quantized import VectorQuantizedArray, VectorQuantizedLinear
+
+QUANT_METHOD = "flaxworks"
+
+LAYERS = {
+  c.__name__: c
+  for c in (
+    CompensatedLinear,
+    FloatLinear,
+    QuantizedAttention,
+    QuantizedInput,
+    QuantizedLinear,
+    ScaledActivation,
+    VectorQuantizedLinear,
+  )
+}
+VALUES = {
+  c.__name__: c
+  for c in (
+    ActivationFormat,
+    FloatFormat,
+    IntegerFormat,
+    LowRank,
+    QuantizedArray,
+    VectorQuantizedArray,
+  )
+}
+
+# Types narrower than a byte, which safetensors has not: two or four codes are put in one.
+_NARROW = {
+  str(np.dtype(d)): (np.dtype(d), bits)
+  for d, bits in (
+    (ml_dtypes.int2, 2),
+    (ml_dtypes.uint2, 2),
+    (ml_dtypes.int4, 4),
+    (ml_dtypes.uint4, 4),
+  )
+}
+
+Tensors = dict[str, np.ndarray]
+
+
+def to_tensors(block: Block) -> tuple[Tensors, dict[str, Any]]:
+  """A block's tensors by path, and what describes its layers, {path: JSON}.
+
+  Raises:
+    UserError: a layer has no place in the layout.
+  """
+  tensors, layers = {}, {}
+  for path, layer in _outermost_layers(block):
+    layers[path] = _describe(layer, path, tensors)
+  for path, variable in nnx.to_flat_state(nnx.state(block)):
+    name = ".".join(map(str, path))
+    if not any(name.startswith(f"{layer}.") for layer in layers):
+      if not isinstance(variable, nnx.Param):
+        raise UserError(f"{name}: the layout has no place for a {type(variable).__name__}")
+      tensors[name] = np.asarray(variable[...])
+  return tensors, layers
+
+
+def from_tensors(
+  block: Block, tensors: Mapping[str, np.ndarray], layers: Mapping[str, Any], dtype=jnp.float32
+) -> Block:
+  """Inverse of `to_tensors`.
+
+  Args:
+    block: abstract, of the same config; layers are put into it.
+    tensors: by path.
+    layers: their descriptions.
+    dtype: of the parameters outside of the layers; None keeps the file's.
+
+  Raises:
+    UserError: a description is damaged or names what does not exist, or tensors are missing, left
+      over, or of another shape (they are named).
+  """
+  rest = dict(tensors)
+  for path, described in layers.items():
+    try:
+      replace_module(block, path, _build(described, rest))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+      raise UserError(f"the description of the layer {path} is damaged: {e!r}") from None
+  graphdef, state = nnx.split(block)
+  flat = dict(state.flat_state())
+  for path, variable in flat.items():
+    name = ".".join(map(str, path))
+    if any(name.startswith(f"{layer}.") for layer in layers):
+      continue
+    value = rest.pop(name, None)
+    if value is None or value.shape != variable.shape:
+      found = "is missing" if value is None else f"has shape {value.shape}"
+      raise UserError(f"tensor {name} {found}, expected {variable.shape}")
+    flat[path] = variable.replace(jnp.asarray(value, dtype))
+  if rest:
+    raise UserError(f"unexpected tensors: {', '.join(sorted(rest))}")
+  return nnx.merge(graphdef, nnx.State.from_flat_path(flat))
+
+
+def _outermost_layers(block: Block) -> list[tuple[str, nnx.Module]]:
+  found = []
+  # Parents come after their children: a longer path may lie within a shorter one.
+  modules = [(".".join(map(str, path)), m) for path, m in nnx.iter_modules(block)]
+  for path, module in sorted(modules, key=lambda pair: len(pair[0])):
+    if type(module).__name__ in LAYERS and not any(path.startswith(f"{p}.") for p, _ in found):
+      found.append((path, module))
+  return found
+
+
+def _describe(value: Any, name: str, tensors: Tensors) -> Any:
+  """JSON for a value; its arrays are added to `tensors` under names that begin with `name`."""
+  if isinstance(value, nnx.Variable):
+    value = value.get_value()
+  if value is None or isinstance(value, (bool, int, float, str)):
+    return value
+  if isinstance(value, (jax.Array, np.ndarray)):
+    array = np.asarray(value)
+    described = {"tensor": name}
+    if str(array.dtype) in _NARROW:
+      described |= {"dtype": str(array.dtype), "shape": list(array.shape)}
+      array = _pack_bytes(array)
+    tensors[name] = array
+    return described
+  if isinstance(value, np.dtype):
+    return {"dtype": str(value)}
+  if type(value).__name__ in LAYERS:
+    fields = list(inspect.signature(type(value).__init__).parameters)[1:]
+  elif type(value).__name__ in VALUES:
+    fields = [field.name for field in dataclasses.fields(value)]
+  elif isinstance(value, Mapping):
+    return {"items": {k: _describe(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+  elif isinstance(value, (list, tuple)):
+    return [_describe(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+  elif value in ACTIVATIONS.values():
+    return {"activation": next(k for k, v in ACTIVATIONS.items() if v is value)}
+  else:
+    raise UserError(f"{name}: the layout has no place for a {type(value).__name__}")
+  arguments = {f: _describe(getattr(value, f), f"{name}.{f}", tensors) for f in fields}
+  return {"class": type(value).__name__} | arguments
+
+
+def _build(described: Any, tensors: Tensors) -> Any:
+  """Inverse of `_describe`; takes the arrays out of `tensors`."""
+  if isinstance(described, list):
+    return tuple(_build(v, tensors) for v in described)
+  if not isinstance(described, Mapping):
+    return described
+  if "tensor" in described:
+    array = tensors.pop(described["tensor"])
+    if "dtype" in described:
+      array = _unpack_bytes(array, described["dtype"], tuple(described["shape"]))
+    return jnp.asarray(array)
+  if "dtype" in described:
+    return jnp.dtype(described["dtype"])
+  if "activation" in described:
+    return ACTIVATIONS[described["activation"]]
+  if "items" in described:
+    return {k: _build(v, tensors) for k, v in described["items"].items()}
+  make = (LAYERS | VALUES)[described["class"]]
+  return make(**{k: _build(v, tensors) for k, v in described.items() if k != "class"})
+
+
+def _pack_bytes(array: np.ndarray) -> np.ndarray:
+  """Codes of 2 or 4 bits, any shape -> uint8 [ceil(size * bits / 8)], lowest bits first."""
+  _, bits = _NARROW[str(array.dtype)]
+  per_byte = 8 // bits
+  codes = array.astype(np.int8).reshape(-1).view(np.uint8) & np.uint8(2**bits - 1)
+  codes = np.pad(codes, (0, -len(codes) % per_byte)).reshape(-1, per_byte)
+  return np.bitwise_or.reduce(codes << (np.arange(per_byte) * bits).astype(np.uint8), axis=1)
+
+
+def _unpack_bytes(packed: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+  """Inverse of `_pack_bytes`."""
+  narrow, bits = _NARROW[dtype]
+  shifts = (np.arange(8 // bits) * bits).astype(np.uint8)
+  codes = ((packed[:, None] >> shifts) & np.uint8(2**bits - 1)).reshape(-1)[: np.prod(shape)]
+  if dtype.startswith("int"):
+    # The sign is the highest of the bits.
+    codes = (codes << (8 - bits)).view(np.int8) >> (8 - bits)
+  return codes.astype(narrow).reshape(shape)
