@@ -26,8 +26,8 @@ from common.compilation.topology import tpu_slice  # noqa: E402
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 HERTZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 
-# Regions smaller than this are bookkeeping of the pipeline, counted as if always run.
-_SMALL_REGION = 64
+# Bundles of the pipeline's bookkeeping behind the step of the grid, at most.
+_AFTER_STEP = 64
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*([A-Z]{2})?\s*:\s*((?:>\s*)*)\{(.*)")
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test")
@@ -35,7 +35,11 @@ _BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
 
 
 def schedule(
-  function: Callable, shapes: Sequence[jax.ShapeDtypeStruct], chip: str, regions: Sequence[int] = ()
+  function: Callable,
+  shapes: Sequence[jax.ShapeDtypeStruct],
+  chip: str,
+  regions: Sequence[int] = (),
+  small_region: int = 64,
 ) -> tuple[dict[str, int], float]:
   """Cycles by operation of one core, and the program's HBM bytes.
 
@@ -45,6 +49,9 @@ def schedule(
     chip: "v5e", "v5p" or "v6e".
     regions: how often each large predicated region within the step of a Pallas kernel runs, in the
       order of the program.
+    small_region: at most so many bundles are bookkeeping of the pipeline, counted as if always run.
+
+  On a chip of two cores (v5p) both run the program, each for its part of the trips.
   """
   where = SingleDeviceSharding(tpu_slice(SLICES[chip]).devices[0])
   arguments = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for s in shapes]
@@ -55,14 +62,14 @@ def schedule(
     name = re.search(r"/\d+-([^<>]*)-\d+-final_bundles\.txt$", path)
     if name and "schedule-analysis" not in path:
       with open(path) as f:
-        cycles[name[1]] = count_cycles(f.read(), regions)
+        cycles[name[1]] = count_cycles(f.read(), regions, small_region)
   # At least what is passed in and out: the text hides how some large weights come on chip.
   memory = compiled.memory_analysis()
   passed = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return cycles, max(cost(text).hbm_bytes, passed)
 
 
-def count_cycles(text: str, regions: Sequence[int] = ()) -> int:
+def count_cycles(text: str, regions: Sequence[int] = (), small_region: int = 64) -> int:
   """Bundles of a `final_bundles.txt`, weighed by trip counts; see `schedule`."""
   bundles, depth = [], 0
   for line in text.splitlines():
@@ -71,40 +78,61 @@ def count_cycles(text: str, regions: Sequence[int] = ()) -> int:
       # An empty bundle is printed without the marks of its depth.
       depth = depth if body.lstrip().startswith("}") else marks.count(">")
       bundles.append((label, depth, body))
-  return _count(bundles, 0, len(bundles), 0, iter(regions))
+  return _count(bundles, 0, len(bundles), 0, iter(regions), small_region)
 
 
-def _count(bundles, first: int, end: int, depth: int, regions) -> int:
+def _count(bundles, first: int, end: int, depth: int, regions, small: int) -> int:
   total, i = 0, first
   while i < end:
     if bundles[i][1] == depth:
       total, i = total + 1, i + 1
       continue
     stop = next((j for j in range(i, end) if bundles[j][1] <= depth), end)
-    inner = range(i, stop)
-    exits = [_EXIT.search(bundles[j][2]) for j in inner if bundles[j][1] == depth + 1]
-    trips = next((int(found[1]) for found in reversed(exits) if found), 1)
-    total += trips * _count(bundles, i, stop, depth + 1, regions)
-    # A region under a condition, from the branch over it to its fallthrough, is not in every trip.
-    for size in _predicated(bundles, inner, depth + 1):
-      total += size * (next(regions, trips) - trips)
+    total += _count_loop(bundles, i, stop, depth + 1, regions, small)
     i = stop
   return total
 
 
-def _predicated(bundles, inner: range, depth: int) -> list[int]:
-  """Sizes of the large regions that a branch skips, in order.
+def _count_loop(bundles, first: int, end: int, depth: int, regions, small: int) -> int:
+  exits = [_EXIT.search(bundles[j][2]) for j in range(first, end) if bundles[j][1] == depth]
+  trips = next((int(found[1]) for found in reversed(exits) if found), 1)
+  step, conditional = _predicated(bundles, range(first, end), depth, small)
+  # The pipeline's first trip only starts to read, and its last one only waits for what is written.
+  steps = trips - 2 if step and trips > 2 else trips
+  parts = [(first, end, trips)]
+  if step:
+    parts = [(first, step[0], trips), (*step, steps), (step[1], end, trips)]
+  total = 0
+  for at, part_end, times in parts:
+    for start, stop in (region for region in conditional if at <= region[0] < part_end):
+      total += times * _count(bundles, at, start, depth, regions, small)
+      total += next(regions, times) * _count(bundles, start, stop, depth, regions, small)
+      at = stop
+    total += times * _count(bundles, at, part_end, depth, regions, small)
+  return total
 
-  The one that ends with the loop is the step itself, which the pipeline's first and last trips skip.
+
+def _predicated(
+  bundles, inner: range, depth: int, small: int
+) -> tuple[tuple[int, int] | None, list[tuple[int, int]]]:
+  """What the branches of a loop skip: the step of the grid, if there is one, and larger regions.
+
+  The step ends with the loop. A region is [first, end), from the branch over it to its fallthrough;
+  of nested ones under conditions the outermost counts.
   """
   found, stack = [], []
   for i in inner:
     label, at, body = bundles[i]
-    while label == "PF" and stack:
-      start = stack.pop()
-      if i - start > _SMALL_REGION and inner.stop - i > _SMALL_REGION:
-        found.append((start, i - start))
-      break
+    if label == "PF" and stack:
+      found.append((stack.pop() + 1, i))
     if at == depth and _BRANCH.search(body) and "loop exit" not in body:
       stack.append(i)
-  return [size for _, size in sorted(found)]
+  found = sorted(region for region in found if region[1] - region[0] > small)
+  # At the end of the loop there is only bookkeeping behind the step.
+  step = next((r for r in found if inner.stop - r[1] <= _AFTER_STEP and r[1] - r[0] > _AFTER_STEP),
+              None)  # fmt: skip
+  outermost = []
+  for region in found:
+    if region != step and not (outermost and region[1] <= outermost[-1][1]):
+      outermost.append(region)
+  return step, outermost

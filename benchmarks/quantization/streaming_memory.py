@@ -58,7 +58,9 @@ def quantize(source: str, target: str) -> None:
     return quantize_block(block, search, checkpoint.config, format)
 
   tokens = np.random.default_rng(0).integers(0, 512, (4, 64)).astype(np.int32)
-  quantize_checkpoint(checkpoint, target, jnp.asarray(tokens), block, format)
+  quantize_checkpoint(
+    checkpoint, target, jnp.asarray(tokens), block, settings={"method": "awq"}, format=format
+  )
   # Not getrusage: a process inherits its ru_maxrss from the one that started it.
   status = pathlib.Path("/proc/self/status").read_text()
   print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)

@@ -39,7 +39,7 @@ class Checkpoint:
 
   Raises:
     UserError: the directory, its config or its weights are missing, damaged or of an unsupported
-      kind, quantized by another method than `autoawq` reads, for example; tensors are missing or
+      kind, quantized in another layout than `autoawq` and `packed_layout` read, for example; tensors are missing or
       unexpected (they are named).
   """
 
@@ -91,9 +91,20 @@ class Checkpoint:
     return self._load(lambda rngs: _outer(self.config, rngs), (), dtype)
 
   def load_block(self, index: int, dtype=jnp.float32) -> Block:
-    """A decoder's block `index`; its quantized linears, if any, as `QuantizedLinear`."""
+    """A decoder's block `index`; its quantized linears, if any, as `QuantizedLinear` or alike."""
     self.require_decoder()
     full = index in self.config.full_attention_layers
+    if self._packed_blocks is not None:
+      from common.quantization import packed_layout  # Imported here, as in `_load`.
+
+      block = nnx.eval_shape(lambda: Block(self.config, nnx.Rngs(0), full))
+      prefix = packed_layout.tensor_prefix(index)
+      tensors = self.read([name for name in self.files if name.startswith(prefix)])
+      tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+      try:
+        return packed_layout.from_tensors(block, tensors, self._packed_blocks[index], dtype)
+      except UserError as e:
+        raise UserError(f"{self.path}: block {index}: {e}") from None
     return self._load(lambda rngs: Block(self.config, rngs, full), ("blocks", index), dtype)
 
   def _load(self, make, prefix: tuple, dtype):
@@ -167,18 +178,35 @@ class Checkpoint:
 
   def _check_quantization(self) -> None:
     """Before any file of tensors is opened."""
+    self._packed_blocks = None
     if not self.quantization:
       return
-    from common.quantization import autoawq  # Imported here, as in `_load`.
+    from common.quantization import autoawq, packed_layout  # Imported here, as in `_load`.
 
     try:
-      autoawq.read_format(self.quantization)
+      self._packed_blocks = packed_layout.read_config(self.quantization)
+      if self._packed_blocks is None:
+        autoawq.read_format(self.quantization)
     except UserError as e:
       raise UserError(f"{self.path}: {e}") from None
 
   def _check_names(self) -> None:
     state = nnx.state(abstract_model(self.config))
-    expected = {tensor_name(self.family, path) for path, _ in state.flat_state()}
+    paths = [path for path, _ in state.flat_state()]
+    blocks = set()
+    if self._packed_blocks is not None:
+      # What a block's layers have is checked when it is read.
+      from common.quantization import packed_layout  # Imported here, as in `_load`.
+
+      if len(self._packed_blocks) != self.config.num_layers:
+        raise UserError(
+          f"{self.path}: quantization_config describes {len(self._packed_blocks)} blocks, the model "
+          f"has {self.config.num_layers}"
+        )
+      prefixes = tuple(map(packed_layout.tensor_prefix, range(self.config.num_layers)))
+      blocks = {name for name in self.files if name.startswith(prefixes)}
+      paths = [path for path in paths if path[0] != "blocks"]
+    expected = {tensor_name(self.family, path) for path in paths} | blocks
     packed = ("qweight", "qzeros", "scales")
     if self.quantization:
       expected = {

@@ -139,10 +139,7 @@ class CheckpointWriter:
     self._total_bytes = 0
 
   def __enter__(self):
-    if self.path.exists() and not self.overwrite:
-      raise UserError(f"{self.path} exists; choose another directory or ask to overwrite it")
-    if self.path.exists() and not (self.path / "config.json").is_file():
-      raise UserError(f"{self.path} is not a checkpoint directory and is not overwritten")
+    check_target(self.path, self.overwrite)
     try:
       self._partial.mkdir(parents=True)
     except OSError as e:
@@ -202,6 +199,18 @@ class CheckpointWriter:
       shutil.rmtree(old)
     else:
       os.rename(self._partial, self.path)
+
+
+def check_target(path: pathlib.Path, overwrite: bool) -> None:
+  """Checks that a checkpoint may be written to `path`.
+
+  Raises:
+    UserError: it exists (without `overwrite`, or without a config.json).
+  """
+  if path.exists() and not overwrite:
+    raise UserError(f"{path} exists; choose another directory or ask to overwrite it")
+  if path.exists() and not (path / "config.json").is_file():
+    raise UserError(f"{path} is not a checkpoint directory and is not overwritten")
 
 
 def save_tensors(

@@ -1,6 +1,6 @@
 """Attention whose operands are rounded: queries, keys, values (the KV cache) and probabilities."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class QuantizedAttention(nnx.Module):
   rotation; a cache holds them unrounded, and they are rounded whenever it is read.
 
   Args:
-    formats: {operand: format} of those to round, of `OPERANDS`.
+    formats: {operand: format} of those to round, of `OPERANDS`; or the pairs.
     ranges: {operand: (low, high)} of per-tensor formats.
 
   Raises:
@@ -30,9 +30,10 @@ class QuantizedAttention(nnx.Module):
 
   def __init__(
     self,
-    formats: Mapping[str, ActivationFormat],
-    ranges: Mapping[str, tuple[Array, Array]] | None = None,
+    formats: Mapping[str, ActivationFormat] | Iterable[tuple[str, ActivationFormat]],
+    ranges: Mapping[str, tuple[Array, Array] | Array] | None = None,
   ):
+    formats = dict(formats)
     if unknown := set(formats) - set(OPERANDS):
       raise ValueError(f"no operand {sorted(unknown)}; there are {OPERANDS}")
     self.formats = tuple(formats.items())

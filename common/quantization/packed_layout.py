@@ -71,6 +71,35 @@ _NARROW = {
 Tensors = dict[str, np.ndarray]
 
 
+def quantization_config(method: str, blocks: list[Mapping[str, Any]]) -> dict[str, Any]:
+  """The `quantization_config` entry of config.json.
+
+  Args:
+    method: that quantized, for people to read.
+    blocks: the descriptions of every block's layers, see `to_tensors`.
+  """
+  return {"quant_method": QUANT_METHOD, "method": method, "blocks": blocks}
+
+
+def read_config(config: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
+  """The `blocks` of a `quantization_config`; None if it is of another layout.
+
+  Raises:
+    UserError: it is damaged.
+  """
+  if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
+    return None
+  blocks = config.get("blocks")
+  if not isinstance(blocks, list) or not all(isinstance(block, Mapping) for block in blocks):
+    raise UserError("quantization_config has no list of blocks; expected a description of each")
+  return blocks
+
+
+def tensor_prefix(index: int) -> str:
+  """What the names of the tensors of block `index` begin with."""
+  return f"blocks.{index}."
+
+
 def to_tensors(block: Block) -> tuple[Tensors, dict[str, Any]]:
   """A block's tensors by path, and what describes its layers, {path: JSON}.
 
@@ -144,28 +173,28 @@ def _describe(value: Any, name: str, tensors: Tensors) -> Any:
     return value
   if isinstance(value, (jax.Array, np.ndarray)):
     array = np.asarray(value)
-    described = {"tensor": name}
+    described = {"$tensor": name}
     if str(array.dtype) in _NARROW:
       described |= {"dtype": str(array.dtype), "shape": list(array.shape)}
       array = _pack_bytes(array)
     tensors[name] = array
     return described
   if isinstance(value, np.dtype):
-    return {"dtype": str(value)}
+    return {"$dtype": str(value)}
   if type(value).__name__ in LAYERS:
     fields = list(inspect.signature(type(value).__init__).parameters)[1:]
   elif type(value).__name__ in VALUES:
     fields = [field.name for field in dataclasses.fields(value)]
   elif isinstance(value, Mapping):
-    return {"items": {k: _describe(v, f"{name}.{k}", tensors) for k, v in value.items()}}
+    return {"$items": {k: _describe(v, f"{name}.{k}", tensors) for k, v in value.items()}}
   elif isinstance(value, (list, tuple)):
     return [_describe(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
   elif value in ACTIVATIONS.values():
-    return {"activation": next(k for k, v in ACTIVATIONS.items() if v is value)}
+    return {"$activation": next(k for k, v in ACTIVATIONS.items() if v is value)}
   else:
     raise UserError(f"{name}: the layout has no place for a {type(value).__name__}")
   arguments = {f: _describe(getattr(value, f), f"{name}.{f}", tensors) for f in fields}
-  return {"class": type(value).__name__} | arguments
+  return {"$class": type(value).__name__} | arguments
 
 
 def _build(described: Any, tensors: Tensors) -> Any:
@@ -174,19 +203,19 @@ def _build(described: Any, tensors: Tensors) -> Any:
     return tuple(_build(v, tensors) for v in described)
   if not isinstance(described, Mapping):
     return described
-  if "tensor" in described:
-    array = tensors.pop(described["tensor"])
+  if "$tensor" in described:
+    array = tensors.pop(described["$tensor"])
     if "dtype" in described:
       array = _unpack_bytes(array, described["dtype"], tuple(described["shape"]))
     return jnp.asarray(array)
-  if "dtype" in described:
-    return jnp.dtype(described["dtype"])
-  if "activation" in described:
-    return ACTIVATIONS[described["activation"]]
-  if "items" in described:
-    return {k: _build(v, tensors) for k, v in described["items"].items()}
-  make = (LAYERS | VALUES)[described["class"]]
-  return make(**{k: _build(v, tensors) for k, v in described.items() if k != "class"})
+  if "$dtype" in described:
+    return jnp.dtype(described["$dtype"])
+  if "$activation" in described:
+    return ACTIVATIONS[described["$activation"]]
+  if "$items" in described:
+    return {k: _build(v, tensors) for k, v in described["$items"].items()}
+  make = (LAYERS | VALUES)[described["$class"]]
+  return make(**{k: _build(v, tensors) for k, v in described.items() if k != "$class"})
 
 
 def _pack_bytes(array: np.ndarray) -> np.ndarray:

@@ -24,6 +24,8 @@ from tests.common.models.small_decoders import (
 
 CONFIG = dataclasses.replace(ARCHITECTURES["llama"], num_layers=3)
 FORMAT = IntegerFormat(4, 16, scale_dtype=jnp.float16)
+SETTINGS = {"method": "rtn"}
+AUTOAWQ = {"settings": SETTINGS, "format": FORMAT}
 
 
 def rtn(index, block, x, context):
@@ -62,7 +64,7 @@ def folders(path):
 def test_equals_quantizing_the_model_in_memory(
   quantize_block, stream, model, source, tokens, tmp_path
 ):
-  quantize_checkpoint(source, tmp_path / "out", tokens, quantize_block, FORMAT, stream=stream)
+  quantize_checkpoint(source, tmp_path / "out", tokens, quantize_block, stream=stream, **AUTOAWQ)
   assert folders(tmp_path) == ["out"]
   loaded = load_decoder(tmp_path / "out")
   expected = quantize_model(model, tokens, quantize_block, stream=stream)
@@ -77,7 +79,7 @@ def test_every_block_is_a_shard_and_the_tokenizer_comes_along(source, tokens, tm
   out = tmp_path / "out"
   seen = []
   track = lambda blocks: (seen.append(block) or block for block in blocks)
-  quantize_checkpoint(source, out, tokens, rtn, FORMAT, track=track)
+  quantize_checkpoint(source, out, tokens, rtn, track=track, **AUTOAWQ)
   assert len(seen) == 3
   shards = [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
   rest = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
@@ -92,18 +94,43 @@ def test_every_block_is_a_shard_and_the_tokenizer_comes_along(source, tokens, tm
   assert config == source.hf_config
 
 
-@pytest.mark.parametrize("when", (0, 2))
-def test_nothing_is_left_after_a_failure(when, source, tokens, tmp_path):
-  class Interrupted(BaseException):
-    """Like Ctrl-C, no `Exception`."""
+class Interrupted(BaseException):
+  """Like Ctrl-C, no `Exception`."""
+
+
+@pytest.mark.parametrize("layout", (AUTOAWQ, {"settings": SETTINGS}), ids=("autoawq", "packed"))
+def test_an_interrupted_run_goes_on(layout, source, tokens, tmp_path):
+  """From the block where it was interrupted, to the same files."""
+  quantized, fails_at = [], 2
 
   def quantize_block(index, block, x, context):
-    if index == when:
+    if index == fails_at:
       raise Interrupted
-    return rtn_block(block, FORMAT)
+    quantized.append(index)
+    return gptq_block(block, x, context, FORMAT)
+
+  run = lambda out, **options: quantize_checkpoint(
+    source, tmp_path / out, tokens, quantize_block, stream="quantized", **(layout | options)
+  )
+  with pytest.raises(Interrupted):
+    run("out")
+  assert folders(tmp_path) == ["out.partial"] and quantized == [0, 1]
+  with pytest.raises(UserError, match="out.partial is what a run with other settings left"):
+    run("out", settings={"method": "gptq"})
+  fails_at = None
+  run("out")
+  assert folders(tmp_path) == ["out"] and quantized == [0, 1, 2]
+  run("again")
+  for name in folders(tmp_path / "out"):
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_nothing_is_left_if_no_block_was_done(source, tokens, tmp_path):
+  def quantize_block(index, block, x, context):
+    raise Interrupted
 
   with pytest.raises(Interrupted):
-    quantize_checkpoint(source, tmp_path / "out", tokens, quantize_block, FORMAT)
+    quantize_checkpoint(source, tmp_path / "out", tokens, quantize_block, **AUTOAWQ)
   assert folders(tmp_path) == []
 
 
@@ -111,23 +138,23 @@ def test_an_existing_directory_is_refused_unless_asked(source, tokens, tmp_path)
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "config.json").write_text("mine")
   with pytest.raises(UserError, match="out exists; choose another directory"):
-    quantize_checkpoint(source, tmp_path / "out", tokens, rtn, FORMAT)
+    quantize_checkpoint(source, tmp_path / "out", tokens, rtn, **AUTOAWQ)
   assert folders(tmp_path / "out") == ["config.json"]
 
   def fails(index, block, x, context):
     raise RuntimeError
 
   with pytest.raises(RuntimeError):
-    quantize_checkpoint(source, tmp_path / "out", tokens, fails, FORMAT, overwrite=True)
+    quantize_checkpoint(source, tmp_path / "out", tokens, fails, overwrite=True, **AUTOAWQ)
   assert (tmp_path / "out" / "config.json").read_text() == "mine"
-  quantize_checkpoint(source, tmp_path / "out", tokens, rtn, FORMAT, overwrite=True)
+  quantize_checkpoint(source, tmp_path / "out", tokens, rtn, overwrite=True, **AUTOAWQ)
   assert len(quantized_weights(load_decoder(tmp_path / "out"))) == 3 * 7
   assert folders(tmp_path) == ["out"]
 
 
 def refused(source, tokens, format, error, message, out, quantize_block=rtn):
   with pytest.raises(error, match=message):
-    quantize_checkpoint(source, out, tokens, quantize_block, format)
+    quantize_checkpoint(source, out, tokens, quantize_block, settings=SETTINGS, format=format)
   assert folders(out.parent) == []
 
 
@@ -157,9 +184,9 @@ def test_weights_in_another_format_are_refused(source, tokens, tmp_path):
 
 
 def test_a_quantized_source_is_refused(source, tokens, tmp_path):
-  quantize_checkpoint(source, tmp_path / "once", tokens, rtn, FORMAT)
+  quantize_checkpoint(source, tmp_path / "once", tokens, rtn, **AUTOAWQ)
   with pytest.raises(UserError, match="is quantized already; start from the full-precision"):
-    quantize_checkpoint(Checkpoint(tmp_path / "once"), tmp_path / "twice", tokens, rtn, FORMAT)
+    quantize_checkpoint(Checkpoint(tmp_path / "once"), tmp_path / "twice", tokens, rtn, **AUTOAWQ)
   assert folders(tmp_path) == ["once"]
 
 
@@ -178,7 +205,8 @@ quantize_checkpoint(
   out,
   jnp.zeros((2, 8), jnp.int32),
   lambda i, block, x, context: rtn_block(block, format),
-  format,
+  settings={"method": "rtn"},
+  format=format,
 )
 # Not `getrusage`: there a new process starts at the size of the one that made it.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
