@@ -51,6 +51,16 @@ def quantization_config(format: IntegerFormat) -> dict[str, Any]:
   }
 
 
+def holds(config: DecoderConfig, format: IntegerFormat) -> bool:
+  """Whether the layout has a place for a decoder whose linears are packed in a format."""
+  try:
+    _family(config)
+    quantization_config(format)
+  except UserError:
+    return False
+  return True
+
+
 def to_tensors(
   module: nnx.Module, config: DecoderConfig, prefix: tuple = ()
 ) -> dict[str, np.ndarray]:

@@ -38,10 +38,9 @@ def quantize(checkpoint, out, *flags):
   )
 
 
-@pytest.mark.parametrize("method", ("awq", "flexround"))
-def test_a_checkpoint_is_quantized_and_loads(checkpoint, tmp_path, method):
+def test_a_checkpoint_is_quantized_and_loads(checkpoint, tmp_path):
   out = tmp_path / "quantized"
-  flags = (f"--method={method}", "--bits=3", "--steps=4")
+  flags = ("--method=flexround", "--bits=3", "--steps=4")
   result = quantize(checkpoint, out, *flags)
   assert result.returncode == 0, result.stderr
   original, quantized = load_decoder(checkpoint), load_decoder(out)
@@ -50,8 +49,8 @@ def test_a_checkpoint_is_quantized_and_loads(checkpoint, tmp_path, method):
     assert len(weights) == 7 and all(w.format.bits == 3 for w in weights.values())
     kernel = old.mlp.down_proj.kernel[...]
     error = jnp.abs(weights["mlp.down_proj"].dequantize() - kernel)
-    # AWQ scales its inputs; FlexRound moves an integer at most a few steps.
-    assert method == "awq" or 0 < float(error.max()) < float(jnp.abs(kernel).max())
+    # FlexRound moves an integer at most a few steps.
+    assert 0 < float(error.max()) < float(jnp.abs(kernel).max())
   again = quantize(checkpoint, out, *flags)
   assert again.returncode == 2 and "exists" in again.stderr and "\n" not in again.stderr.strip()
   assert np.isfinite(quantized(jnp.arange(8)[None])[0]).all()
