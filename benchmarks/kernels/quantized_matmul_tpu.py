@@ -37,8 +37,10 @@ SQUARE_70B, DOWN_70B, UP_70B = (8192, 8192), (28672, 8192), (8192, 28672)
 DECODING = [  # Shape, bits, rows, and how many inputs and outputs share a scale.
   *((SQUARE, 4, rows, (128, 1)) for rows in (1, 16, 32, 64)),
   (SQUARE, 2, 16, (128, 1)),
+  *((SQUARE, 3, rows, (128, 1)) for rows in (1, 16, 32)),
   (SQUARE, 8, 16, (128, 1)),
   (DOWN, 4, 16, (128, 1)),
+  (DOWN, 3, 16, (128, 1)),
   *((shape, 4, 16, (128, 1)) for shape in (SQUARE_70B, UP_70B, DOWN_70B)),
 ]
 PREFILL = [(shape, 2048) for shape in (SQUARE, UP)]
@@ -102,15 +104,15 @@ def decode(chip, shape, bits, rows, group) -> dict:
     "group": group,
     "packed_bytes": floor,
     "packed_us": floor / CHIPS[chip].bytes_per_second * 1e6,
-    "kernel": bound(chip, product(bits, "mosaic_tpu"), packed, regions(chip, shape)),
+    "kernel": bound(chip, product(bits, "mosaic_tpu"), packed, regions(chip, shape, bits)),
     "xla": bound(chip, product(bits, "xla"), packed),
     "bfloat16": bound(chip, dot, dense),
   }
 
 
-def regions(chip, shape) -> list[int]:
+def regions(chip, shape, bits) -> list[int]:
   """How often one core splits activations, starts a sum and ends it (`mosaic_tpu._kernel`)."""
-  cores, columns, blocks = mosaic_tpu.grid(shape, 128)
+  cores, columns, blocks = mosaic_tpu.grid(shape, 128, bits)
   # A core alone does both halves of the columns, and splits the activations for each.
   halves = 1 if CHIPS[chip].two_cores else cores
   if blocks == 1:

@@ -29,8 +29,9 @@ HERTZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 # Bundles of the pipeline's bookkeeping behind the step of the grid, at most.
 _AFTER_STEP = 64
 
-_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*([A-Z]{2})?\s*:\s*((?:>\s*)*)\{(.*)")
+_BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:\s*((?:>\s*)*)\{(.*)")
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test")
+_TARGET = re.compile(r"Start/End empty region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
 
 
@@ -74,27 +75,27 @@ def count_cycles(text: str, regions: Sequence[int] = (), small_region: int = 64)
   bundles, depth = [], 0
   for line in text.splitlines():
     if match := _BUNDLE.match(line):
-      label, marks, body = match.groups()
+      marks, body = match.groups()
       # An empty bundle is printed without the marks of its depth.
       depth = depth if body.lstrip().startswith("}") else marks.count(">")
-      bundles.append((label, depth, body))
+      bundles.append((depth, body))
   return _count(bundles, 0, len(bundles), 0, iter(regions), small_region)
 
 
 def _count(bundles, first: int, end: int, depth: int, regions, small: int) -> int:
   total, i = 0, first
   while i < end:
-    if bundles[i][1] == depth:
+    if bundles[i][0] == depth:
       total, i = total + 1, i + 1
       continue
-    stop = next((j for j in range(i, end) if bundles[j][1] <= depth), end)
+    stop = next((j for j in range(i, end) if bundles[j][0] <= depth), end)
     total += _count_loop(bundles, i, stop, depth + 1, regions, small)
     i = stop
   return total
 
 
 def _count_loop(bundles, first: int, end: int, depth: int, regions, small: int) -> int:
-  exits = [_EXIT.search(bundles[j][2]) for j in range(first, end) if bundles[j][1] == depth]
+  exits = [_EXIT.search(bundles[j][1]) for j in range(first, end) if bundles[j][0] == depth]
   trips = next((int(found[1]) for found in reversed(exits) if found), 1)
   step, conditional = _predicated(bundles, range(first, end), depth, small)
   # The pipeline's first trip only starts to read, and its last one only waits for what is written.
@@ -115,24 +116,27 @@ def _count_loop(bundles, first: int, end: int, depth: int, regions, small: int) 
 def _predicated(
   bundles, inner: range, depth: int, small: int
 ) -> tuple[tuple[int, int] | None, list[tuple[int, int]]]:
-  """What the branches of a loop skip: the step of the grid, if there is one, and larger regions.
+  """What the branches of a loop skip: the step of the grid, if there is one, and regions in it.
 
   The step ends with the loop. A region is [first, end), from the branch over it to its fallthrough;
   of nested ones under conditions the outermost counts.
   """
-  found, stack = [], []
+  found, branches = [], {}
   for i in inner:
-    label, at, body = bundles[i]
-    if label == "PF" and stack:
-      found.append((stack.pop() + 1, i))
-    if at == depth and _BRANCH.search(body) and "loop exit" not in body:
-      stack.append(i)
+    at, body = bundles[i]
+    for target in _TARGET.findall(body):
+      if target in branches:
+        found.append((branches.pop(target) + 1, i))
+    branch = _BRANCH.search(body)
+    if at == depth and branch:
+      branches[branch[1]] = i
   found = sorted(region for region in found if region[1] - region[0] > small)
-  # At the end of the loop there is only bookkeeping behind the step.
-  step = next((r for r in found if inner.stop - r[1] <= _AFTER_STEP and r[1] - r[0] > _AFTER_STEP),
-              None)  # fmt: skip
+  # At the end of the loop there is only bookkeeping behind the step, and so there is before it.
+  is_step = lambda first, end: inner.stop - end <= _AFTER_STEP < end - first
+  step = next((region for region in found if is_step(*region)), None)
   outermost = []
-  for region in found:
-    if region != step and not (outermost and region[1] <= outermost[-1][1]):
-      outermost.append(region)
+  for first, end in found:
+    in_step = step is None or step[0] <= first and end <= step[1] and (first, end) != step
+    if in_step and not (outermost and end <= outermost[-1][1]):
+      outermost.append((first, end))
   return step, outermost
