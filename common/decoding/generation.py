@@ -46,13 +46,18 @@ class Sampling:
       raise UserError(f"{self}: temperature and top_k must be >= 0, top_p in (0, 1]")
 
 
-def sample(logits: Array, key: Array, sampling: Sampling) -> Array:
-  """Chooses tokens, int32 [batch]. logits: float32 [batch, vocab]."""
+def adjust(logits: Array, sampling: Sampling) -> Array:
+  """Logits whose softmax is what tokens are sampled from; a greedy choice has all the probability.
+
+  Args:
+    logits: float32 [..., vocab].
+  """
   if sampling.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = jnp.argmax(logits, axis=-1, keepdims=True)
+    return jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
   logits = logits / sampling.temperature
   if sampling.top_k:
-    kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
+    kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][..., -1:]
     logits = jnp.where(logits < kth, -jnp.inf, logits)
   if sampling.top_p < 1:
     ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -60,8 +65,15 @@ def sample(logits: Array, key: Array, sampling: Sampling) -> Array:
     # A token stays while the mass before it is below p; the most likely one always does.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     smallest = jnp.min(jnp.where(before < sampling.top_p, ordered, jnp.inf), axis=-1)
-    logits = jnp.where(logits < smallest[:, None], -jnp.inf, logits)
-  return jax.random.categorical(key, logits).astype(jnp.int32)
+    logits = jnp.where(logits < smallest[..., None], -jnp.inf, logits)
+  return logits
+
+
+def sample(logits: Array, key: Array, sampling: Sampling) -> Array:
+  """Chooses tokens, int32 [batch]. logits: float32 [batch, vocab]."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return jax.random.categorical(key, adjust(logits, sampling)).astype(jnp.int32)
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

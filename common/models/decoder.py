@@ -10,6 +10,7 @@ hidden size. Linear kernels are [in_features, out_features].
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -89,13 +90,15 @@ class AttentionContext(NamedTuple):
     queries: positions and segments of this pass's tokens, [batch, seq]; batch may be 1 for all rows.
     keys: of the tokens that they may attend to, [batch, keys]: the cache's, or their own.
     rope: (cos, sin), float32 [batch, seq, rotary_dim / 2], or None.
-    offset: int32 [], where this pass writes its keys in the cache (0 without a cache).
+    offset: int32 [] or [batch], where this pass writes its keys in the cache (0 without a cache).
+    mask: bool [batch, 1, seq, keys], what a query may attend to besides; None for no more rules.
   """
 
   queries: Tokens
   keys: Tokens
   rope: tuple[Array, Array] | None
   offset: Array
+  mask: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +111,7 @@ class KVCache:
     values: per block [batch, kv_heads, max_length, head_dim].
     positions: int32 [batch, max_length].
     segment_ids: int32 [batch, max_length]; 0 marks padding and slots not yet written.
-    length: int32 [], number of slots written.
+    length: int32 [], number of slots written; or [batch], where rows differ in it.
   """
 
   keys: list[Array]
@@ -127,6 +130,18 @@ class KVCache:
       segment_ids=jnp.zeros((batch, max_length), jnp.int32),
       length=jnp.zeros((), jnp.int32),
     )
+
+
+def write_slots(cache: Array, new: Array, offset: Array, axis: int) -> Array:
+  """Writes new entries from slot `offset` on, of every row ([]) or of each ([batch]).
+
+  There must be room for all of them: else they would be written before the offset.
+  """
+  new = new.astype(cache.dtype)
+  if offset.ndim == 0:
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, offset, axis=axis)
+  write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1)
+  return jax.vmap(write)(cache, new, offset)
 
 
 def rope_frequencies(config: DecoderConfig, longest: Array) -> Array:
@@ -221,9 +236,7 @@ class Attention(nnx.Module):
     if context.rope is not None:
       query, key = apply_rope(query, context.rope), apply_rope(key, context.rope)
     if kv is not None:
-      write = lambda cache, new: jax.lax.dynamic_update_slice_in_dim(
-        cache, new.astype(cache.dtype), context.offset, axis=2
-      )
+      write = lambda cache, new: write_slots(cache, new, context.offset, axis=2)
       key, value = kv = write(kv[0], key), write(kv[1], value)
       key, value = key.astype(query.dtype), value.astype(query.dtype)
     out = self.attend(
@@ -237,6 +250,7 @@ class Attention(nnx.Module):
       causal=self.causal,
       sliding_window=self.sliding_window,
       alibi_slopes=alibi_slopes(query.shape[1]) if self.alibi else None,
+      mask=context.mask,
     )
     return self.o_proj(merge_heads(out)), kv
 
@@ -315,6 +329,7 @@ class Decoder(nnx.Module):
     positions: Array | None = None,
     segment_ids: Array | None = None,
     cache: KVCache | None = None,
+    mask: Array | None = None,
   ) -> tuple[Array, KVCache | None]:
     """Runs the model.
 
@@ -323,11 +338,13 @@ class Decoder(nnx.Module):
       positions: int32 [batch, seq]; by default 0, 1, ... (continued after the cache's tokens).
       segment_ids: int32 [batch, seq], 0 for padding; by default all 1.
       cache: keys and values to read and to append to.
+      mask: bool [batch, seq, seq] (batch may be 1), which of these tokens each of them may attend to
+        besides the usual rules, as in a tree of drafts; what the cache holds is not concerned.
 
     Returns:
       logits float32 [batch, seq, vocab], and the updated cache (None without one).
     """
-    x, cache = self.run_blocks(tokens, positions, segment_ids, cache)
+    x, cache = self.run_blocks(tokens, positions, segment_ids, cache, mask)
     return self.head(x), cache
 
   def run_blocks(
@@ -336,14 +353,17 @@ class Decoder(nnx.Module):
     positions: Array | None = None,
     segment_ids: Array | None = None,
     cache: KVCache | None = None,
+    mask: Array | None = None,
   ) -> tuple[Array, KVCache | None]:
     """As `__call__`, up to the last block's output [batch, seq, dim], which `head` takes."""
     if positions is None:
-      start = 0 if cache is None else cache.length
-      positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+      start = jnp.zeros((), jnp.int32) if cache is None else cache.length
+      positions = jnp.broadcast_to(start[..., None] + jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
     context, cache = self.context(positions, segment_ids, cache)
+    if mask is not None:
+      context = context._replace(mask=_over_slots(mask, context))
     x = self.embed(tokens, positions)
     for i, block in enumerate(self.blocks):
       x, kv = block(x, context, None if cache is None else (cache.keys[i], cache.values[i]))
@@ -419,9 +439,8 @@ def make_context(
         f"{positions.shape[1]} tokens do not fit into a cache of {cache.positions.shape[1]}"
       )
     offset = cache.length
-    write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, offset, axis=1)
-    key_positions = write(cache.positions, positions)
-    key_segments = write(cache.segment_ids, segment_ids)
+    key_positions = write_slots(cache.positions, positions, offset, axis=1)
+    key_segments = write_slots(cache.segment_ids, segment_ids, offset, axis=1)
     cache = KVCache(list(cache.keys), list(cache.values), key_positions, key_segments, offset)
   rope = None
   if config.position == "rope":
@@ -431,3 +450,13 @@ def make_context(
     rope = jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
   queries, keys = Tokens(positions, segment_ids), Tokens(key_positions, key_segments)
   return AttentionContext(queries, keys, rope, offset), cache
+
+
+def _over_slots(mask: Array, context: AttentionContext) -> Array:
+  """A mask among new tokens [batch, seq, seq] -> over all keys [batch, 1, seq, keys]."""
+  keys = context.keys.positions.shape[1]
+  offset = context.offset
+  rows = len(mask) if offset.ndim == 0 else len(offset)
+  mask = jnp.broadcast_to(mask, (rows, *mask.shape[1:]))
+  everything = jnp.ones((*mask.shape[:2], keys), bool)
+  return write_slots(everything, mask, offset, axis=2)[:, None]

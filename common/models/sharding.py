@@ -112,8 +112,6 @@ def logical_axes(name: str, ndim: int, table: Table = PARAMETERS) -> tuple[str |
         "common/models/sharding.py, or pass one with it"
       )
     axes = (None,) * dims
-  elif ending == ".weight.values" and dims == len(axes) + 1:
-    axes = (axes[0], None, *axes[1:])  # The bit planes of 3-bit codes, [in / 32, 3, out].
   if dims <= 0:
     return (None,) * ndim  # A scalar beside a parameter, such as a step count.
   if len(axes) != dims:
