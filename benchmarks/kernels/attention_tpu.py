@@ -7,7 +7,7 @@ its HBM bytes over the bandwidth. Training: causal self-attention of 8 heads of 
 tokens, bfloat16, with segment ids; the floor is the products of the blocks of 512 x 512 that
 causality leaves, at the matrix units' peak. Decoding: 8 rows over caches of 4096 slots of 128
 channels; the floor is the bytes of the slots and of their scales. Chips of two cores (v5p): a
-kernel's grid is shared by both; of XLA's cycles and bytes each core is given half.
+kernel's grid is shared by both; XLA's cycles are those of one core.
 """
 
 import json
@@ -35,8 +35,8 @@ ROWS, SLOTS, PAGE = 8, 4096, 128
 FORWARD, BACKWARD = 2, 7
 
 
-def bound(chip, cycles: float, hbm_bytes: float, share: float) -> dict:
-  compute = cycles * share / HERTZ[chip]
+def bound(chip, cycles: float, hbm_bytes: float) -> dict:
+  compute = cycles / HERTZ[chip]
   memory = hbm_bytes / CHIPS[chip].bytes_per_second
   return {
     "cycles": cycles,
@@ -69,10 +69,9 @@ def training(chip: str, seq: int, backward: bool) -> dict:
   # Of the two branches of a step's loop, the one without the mask is taken for so many blocks, on
   # average, and the other one once, on the diagonal.
   unmasked = (blocks - 1) / 2
-  share = 0.5 if CHIPS[chip].two_cores else 1.0
-  for name, regions, part in (("mosaic_tpu", [unmasked], 1.0), ("xla", [], share)):
+  for name, regions in (("mosaic_tpu", [unmasked]), ("xla", [])):
     cycles, hbm_bytes = schedule(program(name), shapes, chip, regions)
-    result[name] = bound(chip, sum(cycles.values()), hbm_bytes, part)
+    result[name] = bound(chip, sum(cycles.values()), hbm_bytes)
   return result
 
 
@@ -102,13 +101,12 @@ def decoding(chip: str, dtype, paged: bool, kv_heads: int) -> dict:
     "case": f"{jnp.dtype(dtype).name}, {'pages' if paged else 'rows'}, {kv_heads} kv heads",
     "floor_us": floor / CHIPS[chip].bytes_per_second * 1e6,
   }
-  share = 0.5 if CHIPS[chip].two_cores else 1.0
-  for name, part in (("mosaic_tpu", 1.0), ("xla", share)):
+  for name in ("mosaic_tpu", "xla"):
     cycles, hbm_bytes = schedule(program(name), shapes, chip)
     if name == "mosaic_tpu" and paged:
       # The text has the whole pool as an operand for every page of a step.
       hbm_bytes = floor
-    result[name] = bound(chip, sum(cycles.values()), hbm_bytes, part)
+    result[name] = bound(chip, sum(cycles.values()), hbm_bytes)
   return result
 
 

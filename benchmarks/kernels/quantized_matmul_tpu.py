@@ -42,6 +42,8 @@ DECODING = [  # Shape, bits, rows, and how many inputs and outputs share a scale
   (DOWN, 4, 16, (128, 1)),
   (DOWN, 3, 16, (128, 1)),
   *((shape, 4, 16, (128, 1)) for shape in (SQUARE_70B, UP_70B, DOWN_70B)),
+  *((SQUARE, 4, rows, (32, 1)) for rows in (4, 16)),
+  *((SQUARE, 4, rows, (64, 1)) for rows in (8, 16)),
 ]
 PREFILL = [(shape, 2048) for shape in (SQUARE, UP)]
 # More than the pipeline's own conditions within a step have, less than the kernel's.

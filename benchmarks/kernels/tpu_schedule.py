@@ -131,12 +131,15 @@ def _predicated(
     if at == depth and branch:
       branches[branch[1]] = i
   found = sorted(region for region in found if region[1] - region[0] > small)
-  # At the end of the loop there is only bookkeeping behind the step, and so there is before it.
+  # At the end of the loop there is only bookkeeping behind the step, and so there is before it. The
+  # grid is the outermost loop.
   is_step = lambda first, end: inner.stop - end <= _AFTER_STEP < end - first
-  step = next((region for region in found if is_step(*region)), None)
+  step = next((region for region in found if depth == 1 and is_step(*region)), None)
   outermost = []
   for first, end in found:
     in_step = step is None or step[0] <= first and end <= step[1] and (first, end) != step
-    if in_step and not (outermost and end <= outermost[-1][1]):
+    # One that holds a loop only skips a loop of no trips.
+    holds_loop = any(bundles[i][0] > depth for i in range(first, end))
+    if in_step and not holds_loop and not (outermost and end <= outermost[-1][1]):
       outermost.append((first, end))
   return step, outermost

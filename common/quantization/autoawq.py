@@ -20,12 +20,13 @@ from common.models.surgery import get_module, replace_module
 from common.quantization.equivalent import ScaledActivation
 from common.quantization.linear import QuantizedLinear
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
-from kernels.quantized_matmul.packing import PLANE_ROWS, packed_dtype, unpack
+from kernels.quantized_matmul.packing import pack, packed_dtype, unpack
 
 if TYPE_CHECKING:
   from common.checkpoints.huggingface import Checkpoint
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_ROWS = np.arange(32, dtype=np.uint32)[:, None]  # Of a word of a bit plane.
 
 
 def quantization_config(format: IntegerFormat) -> dict[str, Any]:
@@ -174,15 +175,29 @@ def _from_words(words: np.ndarray, bits: int) -> np.ndarray:
   return codes.reshape(words.shape[0], -1)
 
 
+def _to_planes(codes: np.ndarray) -> np.ndarray:
+  """3-bit codes [in, out] -> int32 [ceil(in / 32) * 3, out]: bit b of 32 rows is word b."""
+  padded = np.pad(codes, ((0, -len(codes) % 32), (0, 0)))
+  bits = padded.reshape(-1, 1, 32, codes.shape[1]) >> np.arange(3)[:, None, None] & 1
+  words = np.bitwise_or.reduce(bits.astype(np.uint32) << _ROWS, axis=2)
+  return words.reshape(-1, codes.shape[1]).view(np.int32)
+
+
+def _from_planes(words: np.ndarray) -> np.ndarray:
+  """Inverse of `_to_planes`, with the rows of the padding."""
+  bits = words.view(np.uint32).reshape(-1, 3, 1, words.shape[1]) >> _ROWS & 1
+  codes = np.bitwise_or.reduce(bits.astype(np.uint8) << np.arange(3)[:, None, None], axis=1)
+  return codes.reshape(-1, words.shape[1]).astype(np.uint8)
+
+
 def _encode(weight: QuantizedArray) -> dict[str, np.ndarray]:
   quantization_config(weight.format)
   bits = weight.format.bits
   zeros = np.asarray(weight.zero_points.astype(jnp.uint8))
+  codes = np.asarray(unpack(weight.values, bits, weight.shape[0], signed=False))
   if bits == 3:
-    planes = np.asarray(weight.values)
-    qweight, qzeros = planes.reshape(-1, planes.shape[-1]).view(np.int32), _to_words(zeros, 8)
+    qweight, qzeros = _to_planes(codes), _to_words(zeros, 8)
   else:
-    codes = np.asarray(unpack(weight.values, bits, weight.shape[0], signed=False))
     qweight, qzeros = _to_words(codes, bits), _to_words(zeros, bits)
   scales = np.asarray(weight.scales.astype(jnp.float16))
   return {"qweight": qweight, "qzeros": qzeros, "scales": scales}
@@ -206,7 +221,7 @@ def _decode(
     "scales": (scales, "float16", (groups, columns)),
   }
   if bits == 3:
-    expected["qweight"] = (qweight, "int32", (-(-rows // PLANE_ROWS) * 3, columns))
+    expected["qweight"] = (qweight, "int32", (-(-rows // 32) * 3, columns))
   for part, (tensor, dtype, wanted) in expected.items():
     if str(tensor.dtype) != dtype or tensor.shape != wanted:
       raise UserError(
@@ -214,7 +229,7 @@ def _decode(
         f"bits with group_size {format.group_size} takes {dtype} {list(wanted)}"
       )
   if bits == 3:
-    values = jnp.asarray(qweight.view(np.uint32).reshape(-1, 3, columns))
+    values = pack(_from_planes(qweight)[:rows], bits, signed=False)
     zeros = jnp.asarray(_from_words(qzeros, 8))
   else:
     native = packed_dtype(bits, signed=False)

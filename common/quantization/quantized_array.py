@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common.errors import UserError
-from kernels.quantized_matmul.packing import PLANE_ROWS, SUPPORTED_BITS, pack
+from kernels.quantized_matmul.packing import SUPPORTED_BITS, WORD_ROWS, pack
 from kernels.quantized_matmul.xla import dequantize
 
 Array = jax.Array
@@ -113,7 +113,7 @@ class QuantizedArray:
     (XLA's CPU backend keeps one 2- or 4-bit value per byte.)
     """
     bits, (rows, columns) = self.format.bits, self.shape
-    rows += -rows % PLANE_ROWS if bits == 3 else 0
+    rows += -rows % WORD_ROWS if bits == 3 else 0
     bits = 8 if bits == 6 else bits
     zero_point_bits = 0 if self.format.symmetric else 8 if bits == 3 else bits
     per_group = jnp.finfo(self.scales.dtype).bits + zero_point_bits

@@ -42,14 +42,20 @@ def integer_matmul(
   )
   both_narrow = activation_bits == 4 and values.dtype == jnp.int4
   operand = jnp.int4 if both_narrow else jnp.int8
+  codes, w = codes.astype(operand), values.astype(operand)
   groups = scales.shape[0]
-  by_group = lambda a, axis: a.reshape(*a.shape[:axis], groups, -1, *a.shape[axis + 1 :])
-  a = by_group(codes.astype(operand), codes.ndim - 1)  # [..., groups, group]
-  w = by_group(values.astype(operand), 0)  # [groups, group, out]
-  sums = jnp.einsum("...gi,gio->...go", a, w, preferred_element_type=jnp.int32)
+  if groups == 1 and operand == jnp.int8:
+    # Not a batch of one product, for which TPUs copy the operands. (Of int4 XLA's CPU backend does
+    # not compile a plain product.)
+    sums = jnp.dot(codes, w, preferred_element_type=jnp.int32)[..., None, :]
+  else:
+    by_group = codes.reshape(*codes.shape[:-1], groups, -1)
+    weights = w.reshape(groups, -1, w.shape[1])
+    sums = jnp.einsum("...gi,gio->...go", by_group, weights, preferred_element_type=jnp.int32)
   if activation_zero_points is not None:
     zero = _signed(activation_zero_points, activation_bits)
-    sums = sums - zero[..., None] * jnp.sum(w, axis=1, dtype=jnp.int32)
+    of_groups = w.reshape(groups, -1, w.shape[1])
+    sums = sums - zero[..., None] * jnp.sum(of_groups, axis=1, dtype=jnp.int32)
   y = jnp.sum(sums.astype(jnp.float32) * scales.astype(jnp.float32), axis=-2)
   return (y * x_scales).astype(x.dtype)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kernels.platform import has_one_tpu
 from kernels.quantized_matmul import mosaic_tpu, xla
-from kernels.quantized_matmul.packing import PLANE_ROWS, SUPPORTED_BITS, packed_dtype
+from kernels.quantized_matmul.packing import SUPPORTED_BITS, WORD_ROWS, packed_dtype
 
 Array = jax.Array
 
@@ -29,7 +29,7 @@ def quantized_matmul(
   Args:
     x: [..., in], float32 or bfloat16.
     values: packed codes of W: [in, out] in a native 2-, 4- or 8-bit type, or uint32
-      [ceil(in / 32), 3, out] bit planes for 3 bits (`packing.pack`).
+      [3 ceil(in / 32), out] for 3 bits (`packing.pack`).
     scales: [in / group, out] (groups along the input), [in, out / group] (along the output) or
       [1, 1] (per tensor), any float type.
     zero_points: unsigned codes of the value 0, shaped like `scales`; None for symmetric codes.
@@ -56,7 +56,7 @@ def quantized_matmul(
   if x.ndim == 0:
     raise ValueError("x must have at least one dimension")
   rows, columns = x.shape[-1], values.shape[-1]
-  expected = (-(-rows // PLANE_ROWS), 3, columns) if bits == 3 else (rows, columns)
+  expected = (3 * -(-rows // WORD_ROWS) if bits == 3 else rows, columns)
   if values.shape != expected:
     raise ValueError(f"values have shape {values.shape}, expected {expected} for x {x.shape}")
   # A signed code read as unsigned, or the other way round, would be silently wrong.

@@ -1,7 +1,7 @@
 """Weight-only product for few rows on TPU: the packed codes go straight to the matrix unit.
 
 Decoding is bound by the bytes of the weights, if only unpacking keeps up. Here it costs three vector
-operations for two registers of 8-bit operands:
+operations for two registers of 8-bit operands (19 for eight registers of 3-bit codes):
 
 - The matrix unit multiplies 8-bit integers. A 4-bit code in the upper half of a byte is 16 times the
   code, so that a shift and two masks turn a word of eight codes into two words of four operands
@@ -9,8 +9,11 @@ operations for two registers of 8-bit operands:
 - x is split into two 8-bit digits, x = (256 high + low) step, with a power of two `step` for each
   row and block of up to 512 inputs. That keeps 14 bits of the block's largest value; bfloat16 has 8.
   The digits are rows of one product: for a few rows the matrix unit takes them for free.
-- A group's sum is an exact int32 and is scaled once. Zero points come off by a second, small
-  product: (x's sums over the groups) @ (scales * zero points).
+- A group's sum is an exact int32 and is scaled once. The matrix unit sums 128 inputs: of groups of 32
+  or 64 each has rows of digits of its own, zero outside of the group. Zero points come off by a
+  second, small product: (x's sums over the groups) @ (scales * zero points).
+
+Scales along the output are in `tpu_output_groups`.
 """
 
 import functools
@@ -21,37 +24,51 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.quantized_matmul import xla
+from kernels.quantized_matmul import tpu_output_groups, xla
+from kernels.quantized_matmul.packing import RUN_ROWS
+from kernels.quantized_matmul.tpu_operands import (
+  ACTIVATION_BLOCK,
+  BLOCK_COLUMNS,
+  LANES,
+  ROW_TILE,
+  VMEM_BYTES,
+  block_inputs,
+  in_order_of_codes,
+  largest_divisor,
+  split_activations,
+  unpacked_codes,
+)
 
 Array = jax.Array
 
-LANES = 128  # Columns of a register, and inputs of the matrix unit.
 MAX_ROWS = 64
-_ROW_TILE = 16  # Two digits of it fill an 8-bit tile.
-_ACTIVATION_BLOCK = 512  # At most; sums over it fit into int32.
-_BLOCK_INPUTS = 6144  # At most.
-_BLOCK_COLUMNS = (512, 256, 128)
-_VMEM_BYTES = 64 * 2**20
+_SMALL_GROUPS = (32, 64)  # Inputs, fewer than the matrix unit's.
 
 
 def unsupported(x: Array, values: Array, scales: Array, *, bits: int) -> str | None:
   """Why these arguments of `api.quantized_matmul` have no kernel here, or None."""
   inputs, columns = x.shape[-1], values.shape[-1]
   rows = math.prod(x.shape[:-1])
-  if bits == 3:
-    return "3 bits, expected 2, 4 or 8"
-  if not 1 <= rows <= MAX_ROWS:
-    return f"{rows} rows, expected 1 to {MAX_ROWS}"
   if x.dtype not in (jnp.bfloat16, jnp.float32):
     return f"x of {x.dtype}, expected bfloat16 or float32"
   if inputs % LANES or columns % LANES:
     return f"weights [{inputs}, {columns}], expected multiples of {LANES}"
+  if bits == 3 and inputs % RUN_ROWS:
+    return f"{inputs} inputs of 3 bits, expected a multiple of {RUN_ROWS}"
   group = inputs // scales.shape[0]
-  if scales.shape[1] != columns or group % LANES:
+  along_output = group == 1 and (columns // scales.shape[1]) % LANES == 0
+  along_input = scales.shape[1] == columns and (group % LANES == 0 or group in _SMALL_GROUPS)
+  if not along_input and not along_output:
     return (
       f"scales {list(scales.shape)}, expected one for each column and group of inputs, the groups "
+      f"of 32, 64 or a multiple of {LANES}, or one for each input and group of columns, the groups "
       f"of a multiple of {LANES}"
     )
+  if along_output:
+    group = LANES
+  most = MAX_ROWS * min(group, LANES) // LANES
+  if not 1 <= rows <= most:
+    return f"{rows} rows, expected 1 to {most} for groups of {group} inputs"
   return None
 
 
@@ -91,29 +108,34 @@ _with_gradient.defvjp(_forward, _backward)
 
 
 def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
+  if scales.shape[1] != values.shape[1]:
+    return tpu_output_groups.quantized_matmul(x, values, scales, zero_points, bits=bits)
   *leading, inputs = x.shape
   columns, rows = values.shape[-1], math.prod(leading)
-  padded = -(-rows // _ROW_TILE) * _ROW_TILE
-  x = jnp.pad(x.reshape(rows, inputs), ((0, padded - rows), (0, 0)))
   # Long groups are summed in parts.
-  group = math.gcd(inputs // scales.shape[0], _ACTIVATION_BLOCK)
+  group = math.gcd(inputs // scales.shape[0], ACTIVATION_BLOCK)
+  copies = max(LANES // group, 1)  # Of the rows, one for each group of the same 128 inputs.
+  tile = ROW_TILE // copies if rows * copies <= ROW_TILE else max(ROW_TILE // copies, 8)
+  of_rows = -(-rows // tile) * tile
+  padded = of_rows * copies
+  x = jnp.pad(x.reshape(rows, inputs), ((0, of_rows - rows), (0, 0)))
+  x = jnp.tile(x, (copies, 1))
   groups = inputs // group
   scales = jnp.repeat(scales, groups // scales.shape[0], axis=0)
   if scales.dtype == jnp.float16:
     scales = scales.astype(jnp.float32)  # TPUs have no float16.
-  block = block_inputs(inputs, group)
-  activation_block = _largest_divisor(block, group, _ACTIVATION_BLOCK)
-  blocks = inputs // block
-  block_columns = next(n for n in _BLOCK_COLUMNS if columns % n == 0)
-  # The cores of a chip share the columns; each splits the activations once, in its first column.
-  cores = math.gcd(columns // block_columns, 2)
-  per_core = columns // block_columns // cores
-  x_index = lambda c, n, k: (0, jnp.where(n == 0, k, blocks - 1))  # And is not read again.
+  cores, per_core, blocks = grid((inputs, columns), max(group, LANES), bits)
+  block, block_columns = inputs // blocks, columns // per_core // cores
+  activation_block = largest_divisor(block, max(group, LANES), ACTIVATION_BLOCK)
+  # Each core splits the activations in its first columns, and does not read them again.
+  x_index = lambda c, n, k: (0, jnp.where(n == 0, k, blocks - 1))
   of_columns = pl.BlockSpec((groups, block_columns), lambda c, n, k: (0, c * per_core + n))
   arguments = [x, values, scales]
   in_specs = [
     pl.BlockSpec((padded, block), x_index),
-    pl.BlockSpec((block, block_columns), lambda c, n, k: (k, c * per_core + n)),
+    pl.BlockSpec(
+      (len(values) * block // inputs, block_columns), lambda c, n, k: (k, c * per_core + n)
+    ),
     of_columns,
   ]
   if zero_points is not None:
@@ -125,8 +147,8 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
     functools.partial(_kernel, bits=bits, group=group, activation_block=activation_block),
     grid=(cores, per_core, blocks),
     in_specs=in_specs,
-    out_specs=pl.BlockSpec((padded, block_columns), lambda c, n, k: (0, c * per_core + n)),
-    out_shape=jax.ShapeDtypeStruct((padded, columns), x.dtype),
+    out_specs=pl.BlockSpec((of_rows, block_columns), lambda c, n, k: (0, c * per_core + n)),
+    out_shape=jax.ShapeDtypeStruct((of_rows, columns), x.dtype),
     scratch_shapes=[
       pltpu.VMEM((padded, block_columns), jnp.float32),
       pltpu.VMEM((groups, block_columns), jnp.float32),
@@ -135,51 +157,23 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
       pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
     ),
     name=f"quantized_matmul_w{bits}",
   )(*arguments)
   return out[:rows].reshape(*leading, columns)
 
 
-def block_inputs(inputs: int, group: int) -> int:
-  """Inputs that one step of the grid reads; the loop over their groups is unrolled."""
-  return _largest_divisor(inputs, group, _BLOCK_INPUTS)
+def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
+  """Cores, blocks of columns of each and blocks of inputs of weights [inputs, columns].
 
-
-def split_activations(x: Array) -> tuple[Array, Array, Array]:
-  """x = (256 high + low) step, [rows, inputs], with one step for all inputs of a row.
-
-  Returns:
-    high and low digits, int32 [rows, inputs] in int8's range, and step, float32 [rows, 1].
+  The groups are of a multiple of 128 inputs, or, if they are smaller, taken together.
   """
-  x = x.astype(jnp.float32)
-  magnitude = jnp.abs(x)
-  # A maximum may drop NaN, a comparison does not.
-  magnitude = jnp.where(magnitude < jnp.inf, magnitude, jnp.inf)
-  largest = jnp.max(magnitude, axis=-1, keepdims=True)
-  # A float's exponent alone is the power of two below it: at most 2^14 steps make up a value.
-  exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
-  step = jax.lax.bitcast_convert_type(exponent, jnp.float32) * 2.0**-13
-  step = jnp.where(step == 0, 1.0, step)
-  q = jnp.round(x / step).astype(jnp.int32)
-  low = ((q + 128) & 255) - 128
-  return (q - low) >> 8, low, step
-
-
-def unpack(values: Array, bits: int) -> Array:
-  """2^(8 - bits) times the codes as int8, every (8 / bits)-th row first, then those after them.
-
-  Args:
-    values: packed codes [inputs, columns]; unsigned ones are read as signed, less 2^(bits - 1).
-    bits: 2, 4 or 8.
-  """
-  words = pltpu.bitcast(values, jnp.int32)
-  if jnp.issubdtype(values.dtype, jnp.unsignedinteger):
-    words ^= _every(bits, 1 << bits - 1)
-  top = _every(8, 256 - (1 << 8 - bits))
-  parts = [(words << shift if shift else words) & top for shift in range(8 - bits, -1, -bits)]
-  return jnp.concatenate([pltpu.bitcast(part, jnp.int8) for part in parts], axis=0)
+  inputs, columns = shape
+  block_columns = next(n for n in BLOCK_COLUMNS if columns % n == 0)
+  # The cores of a chip share the columns.
+  cores = math.gcd(columns // block_columns, 2)
+  return cores, columns // block_columns // cores, inputs // block_inputs(inputs, group, bits)
 
 
 def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: int):
@@ -195,18 +189,20 @@ def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: i
 
   @pl.when(column == 0)
   def _():
-    order = _unpacked_order(bits)
     for i, start in enumerate(range(0, inputs, activation_block)):
       high, low, step = split_activations(x[:, start : start + activation_block])
+      if group < LANES:
+        high, low = (jnp.where(_own_group(high.shape, group), d, 0) for d in (high, low))
       both = jnp.concatenate([high, low]).astype(jnp.int8)
       for at in range(0, activation_block, LANES):
         chunk = both[:, at : at + LANES]
-        ordered = jnp.dot(chunk, order, preferred_element_type=jnp.int32)
-        digits[block, :, start + at : start + at + LANES] = ordered.astype(jnp.int8)
+        digits[block, :, start + at : start + at + LANES] = in_order_of_codes(chunk, bits)
         if zero_points:
-          is_group = jax.lax.broadcasted_iota(jnp.int32, (LANES, sums.shape[1]), 1) == (
-            first_group + (start + at) // group
+          input, of = (
+            jax.lax.broadcasted_iota(jnp.int32, (LANES, sums.shape[1]), axis) for axis in (0, 1)
           )
+          group_of_input = input >> group.bit_length() - 1 if group < LANES else 0
+          is_group = of == first_group + (start + at) // group + group_of_input
           of_group = jnp.dot(chunk, is_group.astype(jnp.int8), preferred_element_type=jnp.int32)
           sums[...] += ((of_group[:rows] << 8) + of_group[rows:]).astype(jnp.float32) * step
       steps[first_step + i] = jnp.broadcast_to(step * 2.0 ** (bits - 8), (rows, LANES))
@@ -217,13 +213,17 @@ def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: i
     total[...] = jnp.zeros(total.shape, total.dtype)
 
   for i, start in enumerate(range(0, inputs, activation_block)):
-    part = jnp.zeros(out.shape, jnp.float32)
-    for at in range(start, start + activation_block, group):
-      chunks = [unpack(values[j : j + LANES], bits) for j in range(at, at + group, LANES)]
-      codes = jnp.concatenate(chunks)
-      product = jnp.dot(digits[block, :, at : at + group], codes, preferred_element_type=jnp.int32)
+    part = jnp.zeros(total.shape, jnp.float32)
+    summed = max(group, LANES)
+    for at in range(start, start + activation_block, summed):
+      codes = jnp.concatenate(
+        [unpacked_codes(values, j, bits) for j in range(at, at + summed, LANES)]
+      )
+      product = jnp.dot(digits[block, :, at : at + summed], codes, preferred_element_type=jnp.int32)
       product = (product[:rows] << 8) + product[rows:]
-      part += product.astype(jnp.float32) * float_scales[pl.ds(first_group + at // group, 1)]
+      at_group = first_group + at // group
+      by_copy = [float_scales[pl.ds(at_group + i, 1)] for i in range(summed // group)]
+      part += product.astype(jnp.float32) * _of_rows(by_copy, rows)
     total[...] += part * jnp.tile(steps[first_step + i], (1, out.shape[1] // LANES))
 
   @pl.when(block == blocks - 1)
@@ -237,25 +237,28 @@ def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: i
         precision="highest",
         preferred_element_type=jnp.float32,
       )
+    of_rows = len(out)
+    y = sum(y[start : start + of_rows] for start in range(0, rows, of_rows))
     out[...] = y.astype(out.dtype)
 
 
-def _unpacked_order(bits: int) -> Array:
-  """The permutation int8 [128, 128] that puts inputs in the order of `unpack`."""
-  source = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
-  target = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
-  per_byte, stride = 8 // bits, LANES * bits // 8
-  shift = stride.bit_length() - 1
-  return (source == (target & (stride - 1)) * per_byte + (target >> shift)).astype(jnp.int8)
+def _own_group(shape: tuple[int, int], group: int) -> Array:
+  """Whether an input is in a row's group: the first rows have the first group of 128 inputs, ..."""
+  row, input = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+  copies = LANES // group
+  of_row = sum((row >= copy * (shape[0] // copies)).astype(jnp.int32) for copy in range(1, copies))
+  return of_row == (input & LANES - 1) >> group.bit_length() - 1
 
 
-def _every(bits: int, pattern: int) -> Array:
-  """A word that repeats a pattern of `bits` bits."""
-  word = sum(pattern << i for i in range(0, 32, bits))
-  return jnp.int32(word - (1 << 32) if word >> 31 else word)
-
-
-def _largest_divisor(number: int, multiple_of: int, at_most: int) -> int:
-  """The largest divisor that is a multiple and not too large, or else `multiple_of`."""
-  found = [n for n in range(multiple_of, at_most + 1, multiple_of) if number % n == 0]
-  return max(found, default=multiple_of)
+def _of_rows(scales: list[Array], rows: int) -> Array:
+  """Scales [1, columns], each for as many of the rows: what [rows, columns] are multiplied by."""
+  if len(scales) == 1:
+    return scales[0]
+  columns, each = scales[0].shape[1], rows // len(scales)
+  spread = lambda scale, rows: jnp.broadcast_to(scale, (rows, columns))
+  if each >= 8:
+    return jnp.concatenate([spread(scale, each) for scale in scales])
+  # Two share the 8 rows of a register.
+  row = jax.lax.broadcasted_iota(jnp.int32, (8, columns), 0)
+  pairs = zip(scales[::2], scales[1::2], strict=True)
+  return jnp.concatenate([jnp.where(row < each, spread(a, 8), spread(b, 8)) for a, b in pairs])

@@ -25,7 +25,7 @@ def dequantize(
       consecutive rows, of consecutive columns, or for the whole matrix.
     zero_points: unsigned integers shaped like `scales`, or None for symmetric codes.
     bits: 2, 3, 4, 6 or 8.
-    rows: number of rows (bit planes are padded).
+    rows: number of rows (3-bit codes are padded).
     dtype: of the result; the arithmetic is float32.
   """
   codes = unpack(values, bits, rows, signed=zero_points is None)

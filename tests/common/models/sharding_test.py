@@ -144,12 +144,11 @@ def test_stacked_optimizer_state_is_cut_like_the_parameters():
 @pytest.mark.parametrize("bits", [3, 4])
 def test_packed_weights_are_cut_like_kernels(bits):
   format = IntegerFormat(bits, group_size=16)
-  config = dataclasses.replace(CONFIG, hidden_size=64)
+  config = dataclasses.replace(CONFIG, hidden_size=64, head_dim=16)
   edit = lambda block: rtn_block(block, format)
   found = specs(abstract_stack(config, edit_block=edit)[1])
-  planes = (None,) if bits == 3 else ()
   name = "blocks.attention.q_proj.weight"
-  assert found[f"{name}.values"] == PartitionSpec(None, ("fsdp",), *planes, ("tensor",))
+  assert found[f"{name}.values"] == PartitionSpec(None, ("fsdp",), ("tensor",))
   assert found[f"{name}.scales"] == PartitionSpec(None, ("fsdp",), ("tensor",))
 
 

@@ -71,9 +71,9 @@ def test_bits_per_weight(bits, group_size):
 
 
 def test_packed_bytes_count_padding():
-  """Three planes of 64 rows hold 40 rows."""
+  """Words of 64 rows hold 40 rows."""
   quantized = abstract((40, 8), 3, -1, scale_dtype=jnp.float16)
-  assert quantized.values.shape == (2, 3, 8)
+  assert quantized.values.shape == (2 * 3, 8)
   assert quantized.packed_bytes() == 2 * 3 * 8 * 4 + 8 * (2 + 1)
 
 

@@ -10,7 +10,7 @@ from kernels.quantized_matmul import xla
 from kernels.quantized_matmul.api import quantized_matmul
 from kernels.quantized_matmul.packing import SUPPORTED_BITS, pack
 
-# Rows are no multiple of 32, so that the last bit plane of 3-bit weights is padded.
+# Rows are no multiple of 32, so that the last words of 3-bit weights are padded.
 ROWS, COLUMNS = 40, 24
 GROUPINGS = {
   "input groups": (ROWS // 8, COLUMNS),
@@ -116,12 +116,12 @@ BAD_ARGUMENTS = {
   "x and values disagree": ({"x": jnp.ones((2, ROWS - 8))}, r"expected \(32, 24\)"),
   "values of another width": ({"bits": 8}, "uint4, expected uint8"),
   "values packed for 3 bits": (
-    {"values": jnp.zeros((2, 3, COLUMNS), jnp.uint32)},
-    r"\(2, 3, 24\), expected \(40, 24\)",
+    {"values": jnp.zeros((6, COLUMNS), jnp.uint32)},
+    r"\(6, 24\), expected \(40, 24\)",
   ),
-  "too few bit planes": (
-    {"bits": 3, "values": jnp.zeros((1, 3, COLUMNS), jnp.uint32)},
-    r"\(1, 3, 24\), expected \(2, 3, 24\)",
+  "too few words of 3-bit codes": (
+    {"bits": 3, "values": jnp.zeros((3, COLUMNS), jnp.uint32)},
+    r"\(3, 24\), expected \(6, 24\)",
   ),
   "signed values with zero points": (
     {"values": jnp.zeros((ROWS, COLUMNS), jnp.int4)},

@@ -13,21 +13,23 @@ from jax.sharding import SingleDeviceSharding
 
 from common import cli
 from common.compilation.topology import tpu_slice
-from kernels.quantized_matmul import mosaic_tpu
+from kernels.quantized_matmul import mosaic_tpu, tpu_operands, tpu_output_groups
 from kernels.quantized_matmul.api import quantized_matmul
 from kernels.quantized_matmul.packing import pack, packed_dtype
 
 
-def weights(bits, asymmetric, inputs, columns, group, scale_dtype=np.float32):
+def weights(bits, asymmetric, inputs, columns, group, scale_dtype=np.float32, out_group=1):
   """Packed weights, and the float64 matrix that they stand for."""
   rng = np.random.default_rng(bits)
   low = 0 if asymmetric else -(2 ** (bits - 1))
   codes = rng.integers(low, low + 2**bits, (inputs, columns))
-  scales = jnp.asarray(rng.uniform(0.5, 1.5, (inputs // group, columns)), scale_dtype)
+  scales = jnp.asarray(rng.uniform(0.5, 1.5, (inputs // group, columns // out_group)), scale_dtype)
   zeros = rng.integers(0, 2**bits, scales.shape) if asymmetric else np.zeros(scales.shape, int)
-  spread = lambda v: np.repeat(np.asarray(v, np.float64), group, axis=0)
+  spread = lambda v: np.kron(np.asarray(v, np.float64), np.ones((group, out_group)))
   exact = (codes - spread(zeros)) * spread(scales)
-  packed_zeros = pack(jnp.asarray(zeros), bits, signed=False) if asymmetric else None
+  packed_zeros = (
+    pack(jnp.asarray(zeros), 8 if bits == 3 else bits, signed=False) if asymmetric else None
+  )
   return (pack(jnp.asarray(codes), bits, signed=not asymmetric), scales, packed_zeros), exact
 
 
@@ -52,13 +54,42 @@ def check(x, packed, exact, bits):
 
 
 @pytest.mark.parametrize("asymmetric", (True, False))
-@pytest.mark.parametrize("bits", (2, 4, 8))
+@pytest.mark.parametrize("bits", (2, 3, 4, 8))
 def test_equals_float64(bits, asymmetric, monkeypatch):
-  monkeypatch.setattr(mosaic_tpu, "_BLOCK_INPUTS", 256)  # Two blocks of inputs.
+  monkeypatch.setattr(tpu_operands, "_BLOCK_INPUTS", 256)  # Two blocks of inputs.
   packed, exact = weights(bits, asymmetric, 512, 256, 128)
   x = np.random.default_rng(0).normal(size=(3, 512))
   for dtype in (jnp.bfloat16, jnp.float32):
     check(jnp.asarray(x, dtype), packed, exact, bits)
+
+
+@pytest.mark.parametrize("asymmetric", (True, False))
+@pytest.mark.parametrize(
+  "bits, group, rows", [(4, 32, 3), (4, 32, 12), (4, 64, 8), (3, 32, 1), (8, 64, 2)]
+)
+def test_groups_smaller_than_the_matrix_unit(bits, group, rows, asymmetric):
+  """Rows that share a register with those of another group, fill it, and are padded."""
+  packed, exact = weights(bits, asymmetric, 256, 128, group)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 256)), jnp.float32)
+  check(x, packed, exact, bits)
+
+
+@pytest.mark.parametrize("asymmetric", (True, False))
+@pytest.mark.parametrize("bits, group, rows", [(4, 128, 3), (3, 256, 17), (2, 512, 1)])
+def test_scales_along_the_output(bits, group, rows, asymmetric, monkeypatch):
+  """Groups of a part of a block of columns, of one and of all columns; two blocks of inputs."""
+  monkeypatch.setattr(tpu_operands, "_BLOCK_INPUTS", 256)
+  monkeypatch.setattr(tpu_output_groups, "BLOCK_COLUMNS", (128,))
+  packed, exact = weights(bits, asymmetric, 512, 512, 1, out_group=group)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, 512)), jnp.bfloat16)
+  check(x, packed, exact, bits)
+
+
+def test_three_bits_of_a_large_prime_take_one_block():
+  """Llama-2-7B's 11008 = 43 x 256 inputs: 43 steps of a block of 256 would be too short."""
+  assert mosaic_tpu.grid((11008, 4096), 128, 3) == (2, 4, 1)
+  assert mosaic_tpu.grid((11008, 4096), 128, 4) == (2, 4, 2)
+  assert mosaic_tpu.grid((28672, 8192), 128, 3) == (2, 8, 7)
 
 
 @settings(max_examples=6, deadline=None)
@@ -123,13 +154,16 @@ def test_gradients_are_those_of_the_reference():
 @pytest.mark.parametrize(
   "bits, x, columns, scales, words",
   [
-    (3, (1, 128), 128, (1, 128), "3 bits, expected 2, 4 or 8"),
+    (3, (1, 128), 128, (1, 128), "128 inputs of 3 bits, expected a multiple of 256"),
     (4, (65, 128), 128, (1, 128), "65 rows, expected 1 to 64"),
     (4, (0, 128), 128, (1, 128), "0 rows"),
+    (4, (17, 128), 128, (4, 128), "17 rows, expected 1 to 16 for groups of 32 inputs"),
+    (4, (33, 128), 128, (2, 128), "33 rows, expected 1 to 32 for groups of 64 inputs"),
+    (4, (1, 128), 128, (8, 128), r"scales \[8, 128\], expected one for each column .* 32, 64 or"),
     (4, (1, 100), 128, (1, 128), r"\[100, 128\], expected multiples of 128"),
     (4, (1, 128), 100, (1, 100), r"\[128, 100\], expected multiples of 128"),
-    (4, (1, 128), 128, (2, 128), r"scales \[2, 128\], expected one for each column"),
-    (4, (1, 128), 128, (128, 1), r"scales \[128, 1\], expected one for each column"),
+    (4, (1, 128), 128, (128, 2), r"scales \[128, 2\], expected one for .* input and group of col"),
+    (4, (65, 128), 128, (128, 1), "65 rows, expected 1 to 64"),
   ],
 )  # fmt: skip
 def test_what_has_no_kernel_is_named(bits, x, columns, scales, words):
@@ -148,9 +182,15 @@ def test_compiles_for_tpu(slice_name):
   array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
   # Llama-2-7B's projections down (two blocks of 43 groups) and up, and per-channel 8-bit codes.
   for bits, rows, inputs, columns, groups in [
-    (4, 1, 11008, 4096, 86), (2, 16, 4096, 11008, 32), (8, 33, 4096, 4096, 1)
+    (4, 1, 11008, 4096, (86, 4096)), (2, 16, 4096, 11008, (32, 11008)),
+    (8, 33, 4096, 4096, (1, 4096)), (3, 8, 1024, 512, (8, 512)), (4, 4, 512, 512, (16, 512)),
+    (3, 20, 512, 512, (8, 512)), (4, 4, 512, 1024, (512, 4)),
   ]:  # fmt: skip
-    dtype = packed_dtype(bits, signed=False)
+    codes = jax.eval_shape(
+      lambda codes, bits=bits: pack(codes, bits, signed=False),
+      jax.ShapeDtypeStruct((inputs, columns), jnp.int32),
+    )
+    zeros_dtype = packed_dtype(8 if bits == 3 else bits, signed=False)
     function = lambda *arrays, bits=bits: quantized_matmul(
       *arrays, bits=bits, implementation="mosaic_tpu"
     )
@@ -158,9 +198,9 @@ def test_compiles_for_tpu(slice_name):
       jax.jit(function)
       .lower(
         array((rows, inputs), jnp.bfloat16),
-        array((inputs, columns), dtype),
-        array((groups, columns), jnp.bfloat16),
-        array((groups, columns), dtype),
+        array(codes.shape, codes.dtype),
+        array(groups, jnp.bfloat16),
+        array(groups, zeros_dtype),
       )
       .compile()
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kernels.quantized_matmul import packing
-from kernels.quantized_matmul.packing import PLANE_ROWS, SUPPORTED_BITS
+from kernels.quantized_matmul.packing import SUPPORTED_BITS, WORD_ROWS
 
 pack = jax.jit(packing.pack, static_argnums=1, static_argnames="signed")
 unpack = jax.jit(packing.unpack, static_argnums=(1, 2), static_argnames="signed")
@@ -33,7 +33,7 @@ def random_codes(shape, bits, signed, seed=0):
 @hypothesis.given(
   bits=st.sampled_from(SUPPORTED_BITS),
   signed=st.booleans(),
-  rows=st.sampled_from((1, 32, 75)),
+  rows=st.sampled_from((1, 32, 75, 256)),
   seed=st.integers(0, 2**32 - 1),
 )
 def test_unpack_inverts_pack(bits, signed, rows, seed):
@@ -59,18 +59,33 @@ def test_native_types(bits, signed):
   assert values.dtype == NATIVE[bits, signed] and values.shape == (6, 4)
 
 
-@pytest.mark.parametrize("rows, words", ((1, 1), (32, 1), (33, 2), (64, 2)))
+@pytest.mark.parametrize("rows, words", ((1, 3), (32, 3), (33, 6), (64, 6), (256, 24)))
 def test_three_bits_take_three_words_per_32_rows(rows, words):
   values = pack(random_codes((rows, 4), 3, False), 3, signed=False)
-  assert values.dtype == jnp.uint32 and values.shape == (words, 3, 4)
+  assert values.dtype == jnp.uint32 and values.shape == (words, 4)
 
 
-def test_bit_planes_by_hand():
-  """Plane b, bit i is bit b of row i; rows beyond the last are 0."""
-  codes = random_codes((PLANE_ROWS + 2, 3), 3, False)
-  expected = np.zeros((2, 3, 3), np.uint32)
-  for row, column in np.ndindex(codes.shape):
-    for b in range(3):
-      bit = int(codes[row, column]) >> b & 1
-      expected[row // PLANE_ROWS, b, column] |= np.uint32(bit << row % PLANE_ROWS)
-  np.testing.assert_array_equal(pack(codes, 3, signed=False), expected)
+@pytest.mark.parametrize("signed", (True, False))
+@pytest.mark.parametrize("rows, run", ((34, 1), (512, 8)))
+def test_three_bits_by_hand(rows, run, signed):
+  """Codes by their place: byte of a word, word of a run and code of eight, in that order."""
+  codes = random_codes((rows, 3), 3, signed)
+  expected = np.zeros((-(-rows // WORD_ROWS) * 3, 3), np.uint32)
+  # The byte, and the shift of each bit of the eight codes, the lowest first.
+  places = [(byte, (low, low + 1, low + 2)) for byte in range(3) for low in (5, 2)]
+  for row in range(-(-rows // WORD_ROWS) * WORD_ROWS):
+    unit, inside = divmod(row, WORD_ROWS * run)
+    eighth, inside = divmod(inside, 4 * run)
+    word, byte = divmod(inside, 4)
+    for column in range(3):
+      code = int(codes[row, column]) & 7 if row < rows else 0
+      code ^= 0 if signed else 4
+      if eighth < 6:
+        which, bits = places[eighth]
+        where = [(which, bit) for bit in bits]
+      else:
+        where = [(2, 7 - eighth), (eighth - 6, 0), (eighth - 6, 1)]
+      for b, (which, bit) in enumerate(where):
+        at = unit * 3 * run + which * run + word
+        expected[at, column] |= np.uint32((code >> b & 1) << bit + 8 * byte)
+  np.testing.assert_array_equal(pack(codes, 3, signed=signed), expected)

@@ -1,0 +1,115 @@
+"""What the weight-only products on TPU share: digits of x, unpacked codes, sizes of blocks."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.quantized_matmul.packing import RUN_ROWS, WORD_ROWS
+
+Array = jax.Array
+
+LANES = 128  # Columns of a register, and inputs of the matrix unit.
+ROW_TILE = 16  # Two digits of it fill an 8-bit tile.
+ACTIVATION_BLOCK = 512  # At most; sums over it fit into int32.
+BLOCK_COLUMNS = (512, 256, 128)
+VMEM_BYTES = 64 * 2**20
+_BLOCK_INPUTS = 6144  # At most, if not too few are left.
+
+
+def block_inputs(inputs: int, group: int, bits: int) -> int:
+  """Inputs that a step of the grid reads, whose loop is unrolled: a multiple of `group`."""
+  unit = math.lcm(group, RUN_ROWS) if bits == 3 else group
+  block = largest_divisor(inputs, unit, _BLOCK_INPUTS)
+  # Too little work for a step: 3-bit codes of 11008 = 43 x 256 inputs.
+  return block if block > _BLOCK_INPUTS // 8 else largest_divisor(inputs, unit, 2 * _BLOCK_INPUTS)
+
+
+def largest_divisor(number: int, multiple_of: int, at_most: int) -> int:
+  """The largest divisor that is a multiple and not too large, or else `multiple_of`."""
+  found = [n for n in range(multiple_of, at_most + 1, multiple_of) if number % n == 0]
+  return max(found, default=multiple_of)
+
+
+def split_activations(x: Array) -> tuple[Array, Array, Array]:
+  """x = (256 high + low) step, [rows, inputs], with one step for all inputs of a row.
+
+  Returns:
+    high and low digits, int32 [rows, inputs] in int8's range, and step, float32 [rows, 1].
+  """
+  x = x.astype(jnp.float32)
+  magnitude = jnp.abs(x)
+  # A maximum may drop NaN, a comparison does not.
+  magnitude = jnp.where(magnitude < jnp.inf, magnitude, jnp.inf)
+  largest = jnp.max(magnitude, axis=-1, keepdims=True)
+  # A float's exponent alone is the power of two below it: at most 2^14 steps make up a value.
+  exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+  step = jax.lax.bitcast_convert_type(exponent, jnp.float32) * 2.0**-13
+  step = jnp.where(step == 0, 1.0, step)
+  q = jnp.round(x / step).astype(jnp.int32)
+  low = ((q + 128) & 255) - 128
+  return (q - low) >> 8, low, step
+
+
+def unpack(values: Array, bits: int) -> Array:
+  """2^(8 - bits) times the codes as int8, every (8 / bits)-th row first, then those after them.
+
+  Args:
+    values: packed codes [inputs, columns]; unsigned ones are read as signed, less 2^(bits - 1).
+    bits: 2, 4 or 8.
+  """
+  words = pltpu.bitcast(values, jnp.int32)
+  if jnp.issubdtype(values.dtype, jnp.unsignedinteger):
+    words ^= _every(bits, 1 << bits - 1)
+  top = _every(8, 256 - (1 << 8 - bits))
+  parts = [(words << shift if shift else words) & top for shift in range(8 - bits, -1, -bits)]
+  return jnp.concatenate([pltpu.bitcast(part, jnp.int8) for part in parts], axis=0)
+
+
+def unpack_three(words: Array) -> list[Array]:
+  """2^5 times the 3-bit codes, int8 [32, columns] eight times; see `packing`.
+
+  Args:
+    words: uint32 [24, columns], of 256 inputs.
+  """
+  words = pltpu.bitcast(words, jnp.int32)
+  a, b, low = words[:8], words[8:16], words[16:]
+  top, upper, last = _every(8, 0xE0), _every(8, 0xC0), _every(8, 0x20)
+  codes = [(word << shift if shift else word) & top for word in (a, b, low) for shift in (0, 3)]
+  codes += [(word << 6) & upper | (low << shift) & last for word, shift in ((a, 4), (b, 5))]
+  return [pltpu.bitcast(code, jnp.int8) for code in codes]
+
+
+def unpacked_codes(values, at: int, bits: int) -> Array:
+  """2^(8 - bits) times the codes of 128 inputs in a block, int8 [128, columns]."""
+  if bits != 3:
+    return unpack(values[at : at + LANES], bits)
+  words_per_run = 3 * RUN_ROWS // WORD_ROWS
+  start = at // RUN_ROWS * words_per_run
+  parts = unpack_three(values[start : start + words_per_run])
+  first = at % RUN_ROWS // WORD_ROWS
+  return jnp.concatenate(parts[first : first + LANES // WORD_ROWS])
+
+
+def in_order_of_codes(digits: Array, bits: int) -> Array:
+  """Digits int8 [rows, 128] in the order of the inputs in `unpacked_codes`."""
+  if bits in (3, 8):
+    return digits
+  order = _unpacked_order(bits)
+  return jnp.dot(digits, order, preferred_element_type=jnp.int32).astype(jnp.int8)
+
+
+def _unpacked_order(bits: int) -> Array:
+  """The permutation int8 [128, 128] that puts inputs in the order of `unpack`."""
+  source = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
+  target = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
+  per_byte, stride = 8 // bits, LANES * bits // 8
+  shift = stride.bit_length() - 1
+  return (source == (target & (stride - 1)) * per_byte + (target >> shift)).astype(jnp.int8)
+
+
+def _every(bits: int, pattern: int) -> Array:
+  """A word that repeats a pattern of `bits` bits."""
+  word = sum(pattern << i for i in range(0, 32, bits))
+  return jnp.int32(word - (1 << 32) if word >> 31 else word)
