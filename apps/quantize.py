@@ -7,12 +7,13 @@ other results are in a layout of ours, which every command here reads.
 
   --model=DIR           full-precision checkpoint (config.json, safetensors, tokenizer.json)
   --out=DIR             directory to create; it appears only when complete
-  --method=awq          rtn, smoothquant, gptq, awq, flexround, adadim, vptq, llm_fp4, zeroquant_v2
-                        or outlier_suppression_plus (ofq trains vision transformers: ./run.sh ofq)
+  --method=awq          rtn, smoothquant, gptq, awq, flexround, adadim, vptq, llm_fp4, zeroquant_v2,
+                        outlier_suppression_plus or qllm (ofq trains vision transformers: ./run.sh ofq)
   --bits=4              of the weights: 2, 3, 4 or 8; llm_fp4: 4, 6 or 8
   --group_size=128      weights along the input that share a scale; -1 for all (vptq, llm_fp4: none)
   --activation_bits=16  of the linears' inputs, one scale per token; 16 leaves them alone.
-                        For rtn, smoothquant, llm_fp4, zeroquant_v2 and outlier_suppression_plus
+                        For rtn, smoothquant, llm_fp4, zeroquant_v2, outlier_suppression_plus and
+                        qllm
   --calibration=SOURCE  calibration text (default: embedded:prose; see common/data/sources.py)
   --num_samples=128     calibration sequences
   --seq_len=512         tokens in each
@@ -20,7 +21,8 @@ other results are in a layout of ours, which every command here reads.
   --search=FILE         AWQ's search result: read if the file exists, else searched and written
   --steps=5000          FlexRound's per block
   --learning_rate=3e-3  FlexRound's
-  --rank=8              of zeroquant_v2's low-rank compensation; 0 leaves it out
+  --epochs=10           QLLM's per block
+  --rank=8              of zeroquant_v2's compensation and qllm's correction; 0 leaves them out
   --vector_length=0     VPTQ's; 0 takes 12-bit indices, as the paper; small models need smaller ones
   --overwrite           replace --out if it exists, and what another run left unfinished
 """
@@ -45,7 +47,8 @@ _SEED = flags.DEFINE_integer("seed", 42, "of the calibration draw, of batches an
 _SEARCH = flags.DEFINE_string("search", None, "AWQ's search result")
 _STEPS = flags.DEFINE_integer("steps", 5000, "FlexRound's per block", lower_bound=1)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "FlexRound's")
-_RANK = flags.DEFINE_integer("rank", 8, "ZeroQuant-V2's", lower_bound=0)
+_EPOCHS = flags.DEFINE_integer("epochs", 10, "QLLM's per block", lower_bound=1)
+_RANK = flags.DEFINE_integer("rank", 8, "ZeroQuant-V2's and QLLM's", lower_bound=0)
 _VECTOR_LENGTH = flags.DEFINE_integer("vector_length", 0, "VPTQ's", lower_bound=0)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace --out")
 
@@ -74,6 +77,7 @@ def main(argv: list[str]) -> None:
     seed=_SEED.value,
     steps=_STEPS.value,
     learning_rate=_LEARNING_RATE.value,
+    epochs=_EPOCHS.value,
     rank=_RANK.value,
     vector_length=_VECTOR_LENGTH.value,
     search=_SEARCH.value,

@@ -28,7 +28,8 @@ class Options:
     activation_bits: of the inputs of linears, each token with a scale of its own; 16 leaves them.
     seed: of batches and starts.
     steps, learning_rate: per block, of methods that learn.
-    rank: of ZeroQuant-V2's low-rank compensation; 0 leaves it out.
+    epochs: over the calibration samples, per block, of methods that count in them.
+    rank: of ZeroQuant-V2's low-rank compensation and of QLLM's correction; 0 leaves it out.
     vector_length: VPTQ's, outputs per vector; 0 takes the paper's for the bits.
     search: AWQ's search result, a file that is read if it exists and else written.
   """
@@ -39,6 +40,7 @@ class Options:
   seed: int = 42
   steps: int = 5000
   learning_rate: float = 3e-3
+  epochs: int = 10
   rank: int = 8
   vector_length: int = 0
   search: str | None = None
@@ -227,6 +229,23 @@ def outlier_suppression_plus(config: DecoderConfig, options: Options) -> Method:
   )
 
 
+def qllm(config: DecoderConfig, options: Options) -> Method:
+  """QLLM (Liu et al. 2024): channel reassembly, then a low-rank correction of each block."""
+  from projects.qllm.qllm import quantize_block
+  from projects.qllm.settings import Settings, Tuning
+
+  if options.activations is None:
+    raise UserError(
+      "qllm reassembles channels for the quantization of activations; activation_bits must be below 16"
+    )
+  activations = dataclasses.replace(options.activations, include_zero=False)
+  tuning = Tuning(rank=options.rank, blocks_per_round=1, epochs=options.epochs)
+  settings = Settings(options.weights, activations, tuning=tuning if options.rank else None)
+  key = jax.random.key(options.seed)
+  block = functools.partial(quantize_block, config=config, settings=settings, key=key)
+  return Method(block, "both", False)
+
+
 METHODS = {
   "rtn": rtn,
   "smoothquant": smoothquant,
@@ -238,6 +257,7 @@ METHODS = {
   "llm_fp4": llm_fp4,
   "zeroquant_v2": zeroquant_v2,
   "outlier_suppression_plus": outlier_suppression_plus,
+  "qllm": qllm,
 }
 WEIGHT_ONLY = {"gptq", "awq", "flexround", "adadim", "vptq"}
 

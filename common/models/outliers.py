@@ -61,3 +61,34 @@ def inject_outliers(
         sides = jax.random.rademacher(jax.random.fold_in(use, 1), chosen.shape, jnp.float32)
         fold_shift(block, group, jnp.zeros(dim).at[chosen].set(-shift * usual * sides))
   return model
+
+
+def inject_down_outliers(
+  model: Decoder, key: jax.Array, *, fraction: float = 0.02, gain: float = 30.0
+) -> Decoder:
+  """A copy of the model with outlier channels before every down_proj, with the same outputs.
+
+  Columns of up_proj are multiplied by `gain`, and rows of down_proj divided by it.
+
+  Args:
+    model: not modified.
+    key: picks the channels of every block.
+    fraction: of the channels (at least one).
+    gain: of the chosen activations.
+
+  Raises:
+    UserError: nothing before down_proj can take the gain.
+  """
+  model = nnx.clone(model)
+  group = scaling_groups(model.config)[-1]
+  if group.previous != "mlp.up_proj":
+    raise UserError(
+      f"outliers cannot be injected before down_proj behind {model.config.activation}; supported: "
+      "gated MLPs, and relu"
+    )
+  width = model.config.intermediate_size
+  for block, use in zip(model.blocks, jax.random.split(key, len(model.blocks))):
+    chosen = jax.random.permutation(use, width)[: max(1, round(fraction * width))]
+    # `fold_scale` divides what comes before down_proj by the scale and multiplies its rows.
+    fold_scale(block, group, jnp.ones(width).at[chosen].set(1.0 / gain))
+  return model

@@ -29,6 +29,7 @@ from common.quantization.float_linear import FloatLinear
 from common.quantization.linear import QuantizedLinear
 from common.quantization.low_rank import CompensatedLinear, LowRank
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
+from common.quantization.reassembly import ReassembledInput
 from common.quantization.vector_quantized import VectorQuantizedArray, VectorQuantizedLinear
 
 QUANT_METHOD = "flaxworks"
@@ -41,6 +42,7 @@ LAYERS = {
     QuantizedAttention,
     QuantizedInput,
     QuantizedLinear,
+    ReassembledInput,
     ScaledActivation,
     VectorQuantizedLinear,
   )
@@ -56,6 +58,9 @@ VALUES = {
     VectorQuantizedArray,
   )
 }
+
+# Plain layers that may be within one of the others.
+NORMS = {"RMSNorm": nnx.RMSNorm, "LayerNorm": nnx.LayerNorm}
 
 # Types narrower than a byte, which safetensors has not: two or four codes are put in one.
 _NARROW = {
@@ -160,7 +165,8 @@ def _outermost_layers(block: Block) -> list[tuple[str, nnx.Module]]:
   # Parents come after their children: a longer path may lie within a shorter one.
   modules = [(".".join(map(str, path)), m) for path, m in nnx.iter_modules(block)]
   for path, module in sorted(modules, key=lambda pair: len(pair[0])):
-    if type(module).__name__ in LAYERS and not any(path.startswith(f"{p}.") for p, _ in found):
+    replaced = type(module).__name__ in LAYERS or isinstance(module, nnx.Sequential)
+    if replaced and not any(path.startswith(f"{p}.") for p, _ in found):
       found.append((path, module))
   return found
 
@@ -181,6 +187,12 @@ def _describe(value: Any, name: str, tensors: Tensors) -> Any:
     return described
   if isinstance(value, np.dtype):
     return {"$dtype": str(value)}
+  if isinstance(value, nnx.Sequential):
+    return {"$sequence": _describe(list(value.layers), name, tensors)}
+  if type(value).__name__ in NORMS:
+    described = {"$norm": type(value).__name__, "epsilon": value.epsilon}
+    parts = {part: getattr(value, part, None) for part in ("scale", "bias")}
+    return described | {k: _describe(v, f"{name}.{k}", tensors) for k, v in parts.items()}
   if type(value).__name__ in LAYERS:
     fields = list(inspect.signature(type(value).__init__).parameters)[1:]
   elif type(value).__name__ in VALUES:
@@ -214,8 +226,24 @@ def _build(described: Any, tensors: Tensors) -> Any:
     return ACTIVATIONS[described["$activation"]]
   if "$items" in described:
     return {k: _build(v, tensors) for k, v in described["$items"].items()}
+  if "$sequence" in described:
+    return nnx.Sequential(*_build(described["$sequence"], tensors))
+  if "$norm" in described:
+    return _build_norm(described, tensors)
   make = (LAYERS | VALUES)[described["$class"]]
   return make(**{k: _build(v, tensors) for k, v in described.items() if k != "$class"})
+
+
+def _build_norm(described: Mapping[str, Any], tensors: Tensors) -> nnx.Module:
+  scale, bias = (_build(described[part], tensors) for part in ("scale", "bias"))
+  options = {"epsilon": described["epsilon"], "rngs": nnx.Rngs(0)}
+  if described["$norm"] == "LayerNorm":
+    options |= {"use_fast_variance": False, "use_bias": bias is not None}  # As in a decoder.
+  norm = NORMS[described["$norm"]](len(scale), **options)
+  norm.scale[...] = scale
+  if bias is not None:
+    norm.bias[...] = bias
+  return norm
 
 
 def _pack_bytes(array: np.ndarray) -> np.ndarray:

@@ -16,11 +16,10 @@ from common.errors import UserError
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel
 from common.models.decoder import AttentionContext, Block, Decoder
-from common.models.outliers import inject_outliers
+from common.models.outliers import inject_down_outliers, inject_outliers
 from common.quantization import rtn
 from common.quantization.awq import AWQSettings, apply_search, search_block
 from common.quantization.calibration import quantize_model
-from common.quantization.equivalent import fold_scale, scaling_groups
 from common.quantization.linear import get_kernels, set_kernels
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
 from projects.adadim.adadim import AdaDimSettings, quantize_weights
@@ -135,27 +134,6 @@ def variant(config: ConfigDict, name: str, model: Decoder, seed: int) -> Decoder
     return inject_down_outliers(model, jax.random.key(seed), **outliers)
   supported = "natural, norm_outliers, down_outliers"
   raise UserError(f"variant {name!r} is not supported; supported: {supported}")
-
-
-def inject_down_outliers(model: Decoder, key: Array, *, fraction: float, gain: float) -> Decoder:
-  """A copy of the model with outlier channels before every down_proj, with the same outputs.
-
-  Columns of up_proj are multiplied by `gain`, and rows of down_proj divided by it.
-
-  Args:
-    model: not modified.
-    key: picks the channels of every block.
-    fraction: of the channels (at least one).
-    gain: of the chosen activations.
-  """
-  model = nnx.clone(model)
-  group = scaling_groups(model.config)[-1]
-  width = model.config.intermediate_size
-  for block, use in zip(model.blocks, jax.random.split(key, len(model.blocks))):
-    chosen = jax.random.permutation(use, width)[: max(1, round(fraction * width))]
-    # `fold_scale` divides what comes before down_proj by the scale and multiplies its rows.
-    fold_scale(block, group, jnp.ones(width).at[chosen].set(1.0 / gain))
-  return model
 
 
 def load_evaluation(config: ConfigDict, base: BaseModel) -> dict[str, np.ndarray]:

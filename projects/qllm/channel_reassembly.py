@@ -26,6 +26,11 @@ import jax.numpy as jnp
 from common.quantization import rtn
 from common.quantization.activations import ActivationFormat, fake_quantize
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reassembly import (
+  Reassembly,
+  reassemble_activations,
+  reassemble_weights,
+)
 from common.quantization.shift_and_scale import LARGEST_STEP, MIN_CANDIDATES
 
 Array = jax.Array
@@ -37,25 +42,6 @@ Score = Literal["code", "exact"]
 
 # (x [..., in], {path: kernel [in, out]}) -> the next modules' output [..., features].
 Outputs = Callable[[Array, dict[str, Array]], Array]
-
-
-class Reassembly(NamedTuple):
-  """New channels from old ones.
-
-  Attributes:
-    source, target: int32 [max_extra], old channels: sources are added to targets and vanish. A target
-      of M (no channel) drops its source; entries that are not needed are M in both.
-    copy_of: int32 [width], the old channel (after the merges) that each new one copies.
-    scale: float32 [width], factor of the new activations: 1 / (T_j * channels in the mean).
-    used: float32 [width], factor of the new rows of W: 1, and 0 for the channels that fill up
-      a width which disassembly alone does not need.
-  """
-
-  source: Array
-  target: Array
-  copy_of: Array
-  scale: Array
-  used: Array
 
 
 class ThresholdSearch(NamedTuple):
@@ -203,22 +189,6 @@ def reassemble(
   # An unsplit channel has one place, so that merges can be named by channels.
   named = lambda place: channel.at[place].get(mode="fill", fill_value=channels).astype(jnp.int32)
   return from_merges(splits, *map(named, at_places), channels)
-
-
-def reassemble_activations(x: Array, reassembly: Reassembly) -> Array:
-  """[..., M] -> [..., width] in x's dtype."""
-  r = reassembly
-  added = x.at[..., r.source].get(mode="fill", fill_value=0)
-  merged = x.at[..., r.target].add(added, mode="drop")
-  return merged[..., r.copy_of] * r.scale.astype(x.dtype)
-
-
-def reassemble_weights(w: Array, reassembly: Reassembly) -> Array:
-  """[M, out] -> [width, out] in w's dtype."""
-  r = reassembly
-  added = w.at[r.source].get(mode="fill", fill_value=0)
-  merged = w.at[r.target].add(added, mode="drop")
-  return merged[r.copy_of] * r.used.astype(w.dtype)[:, None]
 
 
 def smallest_threshold(largest: Array, max_extra: int) -> Array:

@@ -19,9 +19,9 @@ from common.models.decoder import Block, DecoderConfig, make_context
 from common.models.scan import abstract_stack
 from common.models.sharding import PARAMETERS, place, shardings
 from common.quantization.equivalent import ScalingGroup
+from common.quantization.reassembly import Reassembly
 from common.quantization.reconstruction import Learned
 from common.training.mesh import AXES, make_mesh
-from projects.qllm.channel_reassembly import Reassembly
 from projects.qllm.error_correction import BlockGroup, merge_correction
 from projects.qllm.methods import settings_of
 from projects.qllm.qllm import assemble_student, tune

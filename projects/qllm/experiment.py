@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
@@ -20,8 +19,7 @@ from common.evaluation.harness import LM_EVAL, harness_model
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
-from common.models.outliers import inject_outliers
-from common.quantization.equivalent import fold_scale, scaling_groups
+from common.models.outliers import inject_down_outliers, inject_outliers
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.qllm.methods import (
@@ -116,23 +114,6 @@ def make_draw(
     model = inject_down_outliers(model, jax.random.fold_in(key, 1), **how)
   key = jax.random.fold_in(key, 2)
   return Draw(model, jnp.asarray(tokens), key, window_losses(model, windows))
-
-
-def inject_down_outliers(model: Decoder, key: Array, *, fraction: float, gain: float) -> Decoder:
-  """A copy of the model with outlier channels before every down_proj, with the same outputs.
-
-  Args:
-    model: not modified.
-    key: picks the channels of every block.
-    fraction: of the channels (at least one).
-    gain: on columns of up_proj; the rows of down_proj are divided by it.
-  """
-  model = nnx.clone(model)
-  group, width = scaling_groups(model.config)[-1], model.config.intermediate_size
-  for block, use in zip(model.blocks, jax.random.split(key, len(model.blocks))):
-    chosen = jax.random.permutation(use, width)[: max(1, round(fraction * width))]
-    fold_scale(block, group, jnp.ones(width).at[chosen].set(1.0 / gain))
-  return model
 
 
 def measure(

@@ -24,12 +24,13 @@ from common.quantization.attention import QuantizedAttention
 from common.quantization.calibration import Streams, check_finite, run_block, token_mask
 from common.quantization.linear import get_kernels, pack_linears
 from common.quantization.quantized_kernel import quantize_kernels
+from common.quantization.reassembly import ReassembledInput, reassemble_weights
 from common.quantization.reconstruction import (
   ReconstructionLog,
   ReconstructionSettings,
   reconstruct,
 )
-from projects.qllm.channel_reassembly import mean_squared_error, reassemble_weights
+from projects.qllm.channel_reassembly import mean_squared_error
 from projects.qllm.error_correction import (
   BiasedNorm,
   BlockGroup,
@@ -41,7 +42,7 @@ from projects.qllm.error_correction import (
   run_norm,
 )
 from projects.qllm.settings import Settings, Tuning
-from projects.qllm.sites import ReassembledInput, SiteReassembly, find_reassemblies, sites
+from projects.qllm.sites import SiteReassembly, find_reassemblies, sites
 
 Array = jax.Array
 

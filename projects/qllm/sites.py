@@ -14,17 +14,15 @@ from common.quantization.calibration import block_inputs, token_mask
 from common.quantization.equivalent import ScalingGroup, scaling_groups
 from common.quantization.linear import get_kernels, set_kernels
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reassembly import Reassembly, reassemble_activations, reassemble_weights
 from common.quantization.shift_and_scale import linear_outputs
 from projects.qllm.channel_reassembly import (
   Outputs,
-  Reassembly,
   ThresholdSearch,
   mean_squared_error,
   num_extra,
   num_splits,
   reassemble,
-  reassemble_activations,
-  reassemble_weights,
   search_threshold,
   smallest_threshold,
 )
@@ -50,16 +48,6 @@ class SiteReassembly(NamedTuple):
   extra: Array
   error: Array
   search: ThresholdSearch | None
-
-
-class ReassembledInput(nnx.Module):
-  """Splits and merges channels: [..., M] -> [..., width]."""
-
-  def __init__(self, reassembly: Reassembly):
-    self.reassembly = nnx.data(Reassembly(*map(nnx.Variable, reassembly)))
-
-  def __call__(self, x: Array) -> Array:
-    return reassemble_activations(x, Reassembly(*(v[...] for v in self.reassembly)))
 
 
 def sites(config: DecoderConfig) -> list[ScalingGroup]:

@@ -19,7 +19,7 @@ from tests.common.models.small_decoders import (
 )
 
 CONFIG = dataclasses.replace(ARCHITECTURES["llama"], num_layers=2)
-OPTIONS = Options(group_size=16, steps=4, rank=2, vector_length=2)
+OPTIONS = Options(group_size=16, steps=4, epochs=1, rank=2, vector_length=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,6 +91,7 @@ def test_autoawq_s_layout_is_for_what_it_holds():
     ("vptq", {"vector_length": 5}, "vectors of 5 at 4 bits take indices of 20 bits"),
     ("llm_fp4", {}, "activation_bits=16 is not supported"),
     ("outlier_suppression_plus", {}, "activation_bits must be below 16"),
+    ("qllm", {}, "activation_bits must be below 16"),
     ("rtn", {"activation_bits": 9}, "activations of 9 bits are not supported"),
   ),
 )

@@ -5,7 +5,7 @@ import pytest
 
 from common.errors import UserError
 from common.models.decoder import make_context
-from common.models.outliers import inject_outliers
+from common.models.outliers import inject_down_outliers, inject_outliers
 from common.quantization.calibration import block_inputs
 from tests.common.models.small_decoders import (
   ARCHITECTURES,
@@ -69,3 +69,19 @@ def test_shifted_outliers_lie_to_one_side_and_outputs_stay():
 def test_a_norm_without_a_bias_cannot_be_shifted():
   with pytest.raises(UserError, match="attention_norm has no bias that could take a shift"):
     inject_outliers(random_decoder(ARCHITECTURES["llama"]), jax.random.key(0), shift=1.0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])  # Behind a gate, and behind relu.
+def test_outliers_before_down_proj_keep_the_function(architecture):
+  model = random_decoder(ARCHITECTURES[architecture])
+  changed = inject_down_outliers(model, jax.random.key(0), fraction=0.05, gain=30.0)
+  tokens = jnp.asarray(random_tokens(model.config))
+  np.testing.assert_allclose(logits(changed, tokens), logits(model, tokens), atol=1e-4, rtol=1e-4)
+  x, context = model.stem(tokens)
+  largest = lambda model: jnp.abs(block_inputs(model.blocks[0], x, context)["mlp.down_proj"]).max()
+  assert float(largest(changed)) > 3 * float(largest(model))
+
+
+def test_outliers_that_nothing_can_take_are_refused():
+  with pytest.raises(UserError, match="cannot be injected before down_proj behind gelu_tanh"):
+    inject_down_outliers(random_decoder(ARCHITECTURES["bloom"]), jax.random.key(0))

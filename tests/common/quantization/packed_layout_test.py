@@ -25,6 +25,7 @@ from common.quantization.float_linear import FloatLinear
 from common.quantization.linear import QuantizedLinear
 from common.quantization.low_rank import CompensatedLinear, low_rank, quantize_factors
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reassembly import ReassembledInput, Reassembly
 from common.quantization.vector_quantized import VectorQuantizedArray, VectorQuantizedLinear
 from kernels.lookup_matmul.api import pack_indices
 from tests.common.models.small_decoders import (
@@ -92,6 +93,14 @@ def every_layer(block, x):
       {"value": (jnp.float32(-2), jnp.float32(2))},
     )
   )
+  channels = Reassembly(
+    source=jnp.array([1, 32], jnp.int32),
+    target=jnp.array([2, 32], jnp.int32),
+    copy_of=jnp.array([0, 0, *range(2, 32)], jnp.int32),
+    scale=jnp.array([0.5, 0.5, 0.5, *[1.0] * 29]),
+    used=jnp.ones(32),
+  )
+  block.mlp_norm = nnx.Sequential(block.mlp_norm, ReassembledInput(channels))
   block.mlp.activation = nnx.data(ScaledActivation(gelu, jnp.full(down.kernel.shape[0], 2.0)))
   return block
 
