@@ -8,18 +8,19 @@ other results are in a layout of ours, which every command here reads.
   --model=DIR           full-precision checkpoint (config.json, safetensors, tokenizer.json)
   --out=DIR             directory to create; it appears only when complete
   --method=awq          rtn, smoothquant, gptq, awq, flexround, adadim, vptq, llm_fp4, zeroquant_v2,
-                        outlier_suppression_plus or qllm (ofq trains vision transformers: ./run.sh ofq)
+                        outlier_suppression_plus, qllm or flatquant (ofq trains vision transformers:
+                        ./run.sh ofq)
   --bits=4              of the weights: 2, 3, 4 or 8; llm_fp4: 4, 6 or 8
   --group_size=128      weights along the input that share a scale; -1 for all (vptq, llm_fp4: none)
   --activation_bits=16  of the linears' inputs, one scale per token; 16 leaves them alone.
-                        For rtn, smoothquant, llm_fp4, zeroquant_v2, outlier_suppression_plus and
-                        qllm
+                        For rtn, smoothquant, llm_fp4, zeroquant_v2, outlier_suppression_plus,
+                        qllm and flatquant
   --calibration=SOURCE  calibration text (default: embedded:prose; see common/data/sources.py)
   --num_samples=128     calibration sequences
   --seq_len=512         tokens in each
   --seed=42             of the calibration draw, of batches and of starts
   --search=FILE         AWQ's search result: read if the file exists, else searched and written
-  --steps=5000          FlexRound's per block
+  --steps=5000          FlexRound's and FlatQuant's per block
   --learning_rate=3e-3  FlexRound's
   --epochs=10           QLLM's per block
   --rank=8              of zeroquant_v2's compensation and qllm's correction; 0 leaves them out
@@ -45,7 +46,7 @@ _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 128, "calibration sequences",
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens in each sequence", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 42, "of the calibration draw, of batches and of starts")
 _SEARCH = flags.DEFINE_string("search", None, "AWQ's search result")
-_STEPS = flags.DEFINE_integer("steps", 5000, "FlexRound's per block", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 5000, "FlexRound's and FlatQuant's", lower_bound=1)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "FlexRound's")
 _EPOCHS = flags.DEFINE_integer("epochs", 10, "QLLM's per block", lower_bound=1)
 _RANK = flags.DEFINE_integer("rank", 8, "ZeroQuant-V2's and QLLM's", lower_bound=0)

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from common.errors import UserError
-from common.models.decoder import DecoderConfig
+from common.models.decoder import Block, DecoderConfig
 from common.quantization import autoawq, calibration
 from common.quantization.activations import ActivationFormat, quantize_inputs
 from common.quantization.linear import get_kernels
@@ -246,6 +247,26 @@ def qllm(config: DecoderConfig, options: Options) -> Method:
   return Method(block, "both", False)
 
 
+def flatquant(config: DecoderConfig, options: Options) -> Method:
+  """FlatQuant (Sun et al. 2025): learned Kronecker transforms, then rounding to nearest."""
+  from projects.flatquant.flat_block import FlatQuantSettings
+  from projects.flatquant.flatquant import check_block, make_optimizer, quantize_block
+
+  activations = options.activations
+  if activations is not None:
+    activations = dataclasses.replace(activations, symmetric=True)
+  settings = FlatQuantSettings(options.weights, activations)
+  check_block(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))), settings)
+  block = functools.partial(
+    quantize_block,
+    settings=settings,
+    reconstruction=ReconstructionSettings(options.steps, batch_size=4),
+    optimizer=make_optimizer(5e-3, options.steps),
+    key=jax.random.key(options.seed),
+  )
+  return Method(block, "full_precision", False)
+
+
 METHODS = {
   "rtn": rtn,
   "smoothquant": smoothquant,
@@ -258,6 +279,7 @@ METHODS = {
   "zeroquant_v2": zeroquant_v2,
   "outlier_suppression_plus": outlier_suppression_plus,
   "qllm": qllm,
+  "flatquant": flatquant,
 }
 WEIGHT_ONLY = {"gptq", "awq", "flexround", "adadim", "vptq"}
 

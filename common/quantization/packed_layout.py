@@ -28,6 +28,13 @@ from common.quantization.float_format import FloatFormat
 from common.quantization.float_linear import FloatLinear
 from common.quantization.linear import QuantizedLinear
 from common.quantization.low_rank import CompensatedLinear, LowRank
+from common.quantization.online_transforms import (
+  ClippedInput,
+  OnlineTransform,
+  TransformedAttention,
+  TransformedMLP,
+  TransformedNorm,
+)
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
 from common.quantization.reassembly import ReassembledInput
 from common.quantization.vector_quantized import VectorQuantizedArray, VectorQuantizedLinear
@@ -37,13 +44,18 @@ QUANT_METHOD = "flaxworks"
 LAYERS = {
   c.__name__: c
   for c in (
+    ClippedInput,
     CompensatedLinear,
     FloatLinear,
+    OnlineTransform,
     QuantizedAttention,
     QuantizedInput,
     QuantizedLinear,
     ReassembledInput,
     ScaledActivation,
+    TransformedAttention,
+    TransformedMLP,
+    TransformedNorm,
     VectorQuantizedLinear,
   )
 }

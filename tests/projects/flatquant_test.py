@@ -1,0 +1,392 @@
+"""FlatQuant: vectors of the official code, invariants, bad input, and the tiny run."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from common.errors import UserError
+from common.models.base import base_model
+from common.quantization.activations import ActivationFormat, fake_quantize
+from common.quantization.calibration import Streams, run_block
+from common.quantization.equivalent import smoothquant_scale
+from common.quantization.linear import quantized_weights
+from common.quantization.online_transforms import TransformedAttention, clipped_fake_quantize
+from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reconstruction import Learned, ReconstructionSettings
+from kernels.attention.api import attention
+from kernels.kronecker_quantize.api import kronecker_quantize, kronecker_transform
+from projects.flatquant import config as flatquant_config
+from projects.flatquant import experiment, methods, saved
+from projects.flatquant.flat_block import ClipFactors, FlatQuantSettings, clip_kernel, round_kernel
+from projects.flatquant.flatness import channel_magnitudes, flatness_gap
+from projects.flatquant.flatquant import (
+  initial_block,
+  learn_block,
+  make_optimizer,
+  normalized_error,
+  pack,
+  quantize_block,
+  reparametrize,
+)
+from projects.flatquant.kronecker import (
+  factor_pair,
+  multiplications,
+  seconds_per_token,
+)
+from projects.flatquant.rotation import random_hadamard, rotate_residual
+from projects.flatquant.transforms import Factors, cayley, hadamard
+from tests.common.models.small_decoders import (
+  ARCHITECTURES,
+  logits,
+  random_decoder,
+  random_tokens,
+)
+
+GOLDEN = np.load(
+  pathlib.Path(__file__).parents[1] / "golden/flatquant/transform_and_quantizers.npz"
+)
+SIGNED, UNSIGNED = ActivationFormat(4, symmetric=True), ActivationFormat(4)
+CLIP_AT_START = jnp.full(2, 1 / (1 + np.exp(-4.0)), jnp.float32)
+
+
+# The official code.
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("matrix", ["u", "v"])
+def test_cayley_is_the_official_one(side, matrix):
+  for raw, orthogonal in (("raw", "orth_init"), ("raw2", "orth2")):
+    found = cayley(jnp.asarray(GOLDEN[f"{raw}_linear_{matrix}_{side}"]))
+    np.testing.assert_allclose(found, GOLDEN[f"{orthogonal}_linear_{matrix}_{side}"], atol=1e-6)
+    np.testing.assert_allclose(found.T @ found, np.eye(len(found)), atol=1e-5)
+    assert np.linalg.det(found) == pytest.approx(1, abs=1e-5)
+  np.testing.assert_array_equal(cayley(jnp.zeros((5, 5))), np.eye(5))
+
+
+def golden_factors() -> Factors:
+  matrices = []
+  for power in (1, -1):
+    for side in ("left", "right"):
+      u, v = (GOLDEN[f"orth2_linear_{matrix}_{side}"] for matrix in "uv")
+      matrices.append(jnp.asarray(u * GOLDEN[f"diag_{side}"] ** power @ v.T))
+  return Factors(*matrices, jnp.asarray(GOLDEN["diag_scale"]))
+
+
+def test_transforms_of_activations_and_weights():
+  factors = golden_factors()
+  x, kernel = jnp.asarray(GOLDEN["x"]), jnp.asarray(GOLDEN["w"].T)
+  transformed, weights = factors.apply(x), factors.apply_inverse(kernel)
+  np.testing.assert_allclose(transformed, GOLDEN["x_trans"], atol=2e-6)
+  np.testing.assert_allclose(weights.T, GOLDEN["w_trans"], atol=2e-6)
+  np.testing.assert_allclose(transformed @ weights, GOLDEN["y"], atol=1e-5)
+
+
+def test_quantizers():
+  x, kernel = jnp.asarray(GOLDEN["x"]), jnp.asarray(GOLDEN["w"].T)
+  clipped = clipped_fake_quantize(x, SIGNED, CLIP_AT_START)
+  np.testing.assert_allclose(clipped, GOLDEN["x_q4_sym_lac4"], atol=1e-6)
+  np.testing.assert_allclose(fake_quantize(x, UNSIGNED), GOLDEN["x_q4_asym"], atol=1e-6)
+  rounded = round_kernel(kernel, IntegerFormat(4, symmetric=True))
+  np.testing.assert_allclose(rounded.T, GOLDEN["w_q4_sym"], atol=1e-6)
+
+
+def test_initial_scale():
+  kernel = jnp.asarray(GOLDEN["w"].T)
+  scale = 1 / smoothquant_scale(jnp.abs(jnp.asarray(GOLDEN["x"])).max(axis=0), [kernel], 0.3)
+  np.testing.assert_allclose(scale, GOLDEN["init_scale_alpha0.3"], rtol=1e-5)
+
+
+def test_factor_pairs():
+  for n, pair in zip(GOLDEN["dims_n"].tolist(), GOLDEN["dims"].tolist()):
+    assert factor_pair(n) == tuple(pair)
+  # The official search never ends on these.
+  assert factor_pair(6) == (2, 3) and factor_pair(90) == (9, 10) and factor_pair(7) == (1, 7)
+  assert factor_pair(64, 2) == (2, 32)
+  for n in range(1, 200):
+    left, right = factor_pair(n)
+    assert left * right == n and left <= right
+
+
+# Kronecker products.
+
+
+def random_matrix(seed: int, *shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+@pytest.mark.parametrize("n1, n2", [(3, 4), (1, 6), (6, 1)])
+def test_kronecker_transform_is_the_dense_product(n1, n2):
+  left, right, x = random_matrix(0, n1, n1), random_matrix(1, n2, n2), random_matrix(2, 5, n1 * n2)
+  dense = np.kron(left, right)
+  np.testing.assert_allclose(kronecker_transform(x, left, right), x @ dense, atol=1e-5)
+  inverses = (np.linalg.inv(m).T for m in (left, right))
+  # The inverse of a random matrix may be large.
+  np.testing.assert_allclose(np.kron(*inverses), np.linalg.inv(dense).T, rtol=1e-2, atol=1e-3)
+
+
+def test_fused_quantization_is_transform_then_rounding():
+  left, right = random_matrix(0, 4, 4), random_matrix(1, 6, 6)
+  x = jnp.asarray(GOLDEN["x"]).at[1].set(0.0)
+  codes, scales = kronecker_quantize(x, left, right, CLIP_AT_START, bits=4)
+  expected = clipped_fake_quantize(kronecker_transform(x, left, right), SIGNED, CLIP_AT_START)
+  assert codes.dtype == jnp.int8 and int(codes.min()) >= -8 and int(codes.max()) <= 7
+  np.testing.assert_allclose(codes * scales, expected, atol=1e-5)
+  np.testing.assert_array_equal(codes[1], 0)
+
+
+def test_cost_model():
+  assert multiplications(4096, 64) == 4096 * 128
+  assert multiplications(4096, 1) == 4096 * 4096
+  speed = {"flops_per_second": 1e12, "bytes_per_second": 1e12}
+  assert seconds_per_token(4096, 64, **speed) == pytest.approx(4096 * 256e-12)
+  # Where memory is the limit, fusing saves the passes between.
+  speed["bytes_per_second"] = 1e10
+  assert seconds_per_token(64, 8, **speed) == pytest.approx(64 * 2.5e-10)
+  assert seconds_per_token(64, 8, **speed, fused=False) == pytest.approx(64 * 10.5e-10)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 12, 16, 24, 86, 384])
+def test_hadamard_matrices_are_orthogonal_and_flat(n):
+  matrix = hadamard(n)
+  np.testing.assert_allclose(matrix @ matrix.T, np.eye(n), atol=1e-5)
+  flat = n not in (7, 86)  # A cosine transform of the odd factor.
+  assert np.abs(matrix).max() * np.sqrt(n) <= (1.001 if flat else 1.4143)
+
+
+def test_flatness():
+  assert float(flatness_gap(jnp.full(9, 3.0))) == pytest.approx(0, abs=1e-6)
+  one_hot = channel_magnitudes(jnp.eye(4)[:1] * 5)
+  np.testing.assert_array_equal(one_hot, [5, 0, 0, 0])
+  assert float(flatness_gap(one_hot)) == pytest.approx(1)
+
+
+# Blocks.
+
+
+def rounding(bits: int, **changes) -> FlatQuantSettings:
+  cache = ActivationFormat(bits)
+  signed = ActivationFormat(bits, symmetric=True)
+  return FlatQuantSettings(
+    IntegerFormat(bits, symmetric=True), signed, None, cache, cache, **changes
+  )
+
+
+def inputs_of(architecture: str):
+  """The first block of a random decoder, its inputs and its context."""
+  model = random_decoder(ARCHITECTURES[architecture])
+  x, context = model.stem(jnp.asarray(random_tokens(model.config)))
+  return model.blocks[0], x, context
+
+
+@pytest.fixture(scope="module")
+def block_and_inputs():
+  return inputs_of("llama")
+
+
+@pytest.mark.parametrize(
+  "architecture, matrices", [("qwen2, grouped-query", "svd"), ("llama", "inverse")]
+)
+def test_transforms_leave_the_function(architecture, matrices):
+  block, x, context = inputs_of(architecture)
+  settings = FlatQuantSettings(clip=False, matrices=matrices)
+  flat = initial_block(block, x, context, jax.random.key(0), settings)
+  rng = np.random.default_rng(0)
+  noise = lambda leaf: leaf * np.exp(0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
+  nnx.update(flat, jax.tree.map(noise, nnx.state(flat, Learned)))
+  expected = run_block(block, x, context)
+  bound = 1e-4 * float(jnp.abs(expected).max())
+  np.testing.assert_allclose(run_block(flat, x, context), expected, atol=bound)
+  folded = reparametrize(flat, settings)
+  np.testing.assert_allclose(run_block(folded, x, context), expected, atol=bound)
+  kernel = folded.attention.v_proj.kernel[...]
+  assert kernel.dtype == jnp.float32 and not np.allclose(kernel, block.attention.v_proj.kernel[...])
+
+
+def test_no_transforms_and_no_clipping_are_rounding_to_nearest(block_and_inputs):
+  block, x, context = block_and_inputs
+  settings = rounding(4, sites=(), scale=False, clip=False)
+  packed = pack(initial_block(block, x, context, jax.random.key(0), settings), settings)
+  expected = methods.round_activations(methods.rtn_block(block, settings.weights), settings)
+  found = quantized_weights(packed)
+  assert len(found) == 7
+  for path, weight in quantized_weights(expected).items():
+    np.testing.assert_array_equal(found[path].dequantize(), weight.dequantize())
+  np.testing.assert_array_equal(run_block(packed, x, context), run_block(expected, x, context))
+
+
+def test_keys_and_queries_keep_their_products():
+  q, k, v = (random_matrix(i, 2, heads, 5, 8) for i, heads in enumerate((4, 2, 2)))
+  matrix, over_heads = random_matrix(3, 8, 8), random_matrix(4, 4, 4)
+  attend = TransformedAttention((matrix, jnp.linalg.inv(matrix).T), over_heads, {}, {})
+  expected = jnp.einsum("bhsd,hg->bgsd", attention(q, k, v), over_heads)
+  np.testing.assert_allclose(attend(q, k, v), expected, atol=1e-4)
+
+
+def test_clipping_factors():
+  kernel = random_matrix(0, 16, 3)
+  clip = ClipFactors((3,), FlatQuantSettings())
+  clipped = clip_kernel(kernel, clip.factors())
+  np.testing.assert_allclose(clipped.max(axis=0) / kernel.max(axis=0), 0.982, atol=1e-4)
+  open_clip = ClipFactors((3,), FlatQuantSettings(initial_clip=jnp.inf))
+  np.testing.assert_array_equal(clip_kernel(kernel, open_clip.factors()), kernel)
+  unused = ClipFactors((3,), FlatQuantSettings(clip=False))
+  np.testing.assert_array_equal(unused.factors(), 1.0)
+
+
+def test_the_loss_keeps_the_direction_of_the_gradient():
+  target, output = random_matrix(0, 4, 3), random_matrix(1, 4, 3)
+  plain = lambda y: jnp.mean((y - target) ** 2)
+  loss, gradient = jax.value_and_grad(lambda y: normalized_error(None, y, target, 0.0))(output)
+  assert float(loss) == pytest.approx(1)
+  np.testing.assert_allclose(gradient, jax.grad(plain)(output) / plain(output), rtol=1e-5)
+
+
+def test_the_optimizer_has_two_rates_and_decay():
+  learned = {"transforms": jnp.ones(3), "input_clips": jnp.full(2, 4.0)}
+  optimizer = make_optimizer(1e-3, 10)
+  assert optimizer is make_optimizer(1e-3, 10)
+  gradient = jax.tree.map(lambda p: jnp.full_like(p, 0.5), learned)
+  updates, _ = optimizer.update(gradient, optimizer.init(learned), learned)
+  # Adam's first step is the rate, and decay adds the rate times 0.01 times the variable.
+  np.testing.assert_allclose(updates["transforms"], -1e-3 * (1 + 0.01), rtol=1e-4)
+  np.testing.assert_allclose(updates["input_clips"], -1e-2 * (1 + 0.04), rtol=1e-4)
+
+
+def test_the_rotated_model_is_the_same_function():
+  model = random_decoder(ARCHITECTURES["qwen2, grouped-query"])
+  rotated = rotate_residual(model, random_hadamard(jax.random.key(0), model.config.hidden_size))
+  tokens = jnp.asarray(random_tokens(model.config))
+  expected = logits(model, tokens)
+  bound = 1e-4 * float(jnp.abs(expected).max())
+  np.testing.assert_allclose(logits(rotated, tokens), expected, atol=bound)
+
+
+# Bad input.
+
+
+@pytest.mark.parametrize("architecture", ["opt", "opt, post-norm", "neox"])
+def test_other_architectures_are_refused(architecture):
+  model = random_decoder(ARCHITECTURES[architecture])
+  x, context = model.stem(jnp.asarray(random_tokens(model.config)))
+  with pytest.raises(UserError, match="a norm before a gated MLP"):
+    initial_block(model.blocks[0], x, context, jax.random.key(0), FlatQuantSettings())
+
+
+def test_bad_settings_and_tensors_are_named(block_and_inputs):
+  block, x, context = block_and_inputs
+  start = lambda settings, block=block, x=x: initial_block(
+    block, x, context, jax.random.key(0), settings
+  )
+  with pytest.raises(UserError, match="left_size=5 does not divide 32 channels"):
+    start(FlatQuantSettings(left_size=5))
+  with pytest.raises(UserError, match="group_size=5 does not divide"):
+    start(FlatQuantSettings(IntegerFormat(4, 5)))
+  with pytest.raises(UserError, match="the calibration activations: NaN or infinite"):
+    start(FlatQuantSettings(), x=x.at[0, 0, 0].set(jnp.nan))
+  broken = nnx.clone(block)
+  broken.mlp.up_proj.kernel[...] = broken.mlp.up_proj.kernel[...].at[0, 0].set(jnp.inf)
+  with pytest.raises(UserError, match="mlp.up_proj.kernel: NaN or infinite"):
+    start(FlatQuantSettings(), block=broken)
+  for changes, message in (
+    ({"sites": ("P_x",)}, "no transform 'P_x'"),
+    ({"matrices": "qr"}, "matrices='qr'"),
+    ({"weights": IntegerFormat(4, -1, 1)}, "axis=1"),
+    ({"keys": ActivationFormat(4, "per_tensor")}, "per_token"),
+  ):
+    with pytest.raises(UserError, match=message):
+      FlatQuantSettings(**changes)
+  with pytest.raises(UserError, match="the setting 'W4' is unknown"):
+    methods.settings_of(flatquant_config.get_config("tiny"), "W4")
+
+
+# The tiny run, whose compilations the tests of learning share.
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  return flatquant_config.get_config("tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("flatquant")
+  return experiment.run(tiny, workdir), workdir
+
+
+def test_tiny_run(tiny_run):
+  report, workdir = tiny_run
+  rows = {row[0]: row for row in report.tables[0].rows}
+  assert set(rows) == {
+    *("full precision", "RTN", "SmoothQuant", "QuaRot"),
+    *("learned rotation", "LT", "LT + PS", "FlatQuant"),
+  }
+  assert all(np.isfinite(row[1]) for row in rows.values())
+  assert rows["FlatQuant"][4] < rows["RTN"][4]
+  assert len(report.claims) == 12
+  for figure in report.figures:
+    assert (workdir / figure.path).stat().st_size > 0
+
+
+@pytest.fixture(scope="module")
+def learned(tiny, tiny_run):
+  """(block, inputs, context, learned block, log) of the tiny run's first block."""
+  base = base_model(tiny.model)
+  draw = experiment.make_draw(tiny, base, np.zeros((1, 32), np.int32), 0, True)
+  block = draw.model.blocks[0]
+  x, context = draw.model.stem(draw.tokens)
+  settings = methods.settings_of(tiny, "W4A4KV4")
+  steps = ReconstructionSettings(tiny.epochs, tiny.batch_size, keep_best=False)
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  optimizer = make_optimizer(
+    tiny.learning_rate, tiny.epochs, clip_rate_factor=tiny.clip_rate_factor, warmup_steps=0
+  )
+  arguments = {"settings": settings, "reconstruction": steps, "optimizer": optimizer}
+  flat, log = learn_block(block, x, context, key, **arguments)
+  return block, x, context, flat, log, arguments
+
+
+def test_learning_lowers_the_error_and_leaves_the_weights(learned):
+  block, x, context, flat, log, _ = learned
+  assert float(log.after) < float(log.before)
+  np.testing.assert_allclose(log.losses, 1.0, rtol=1e-5)  # Divided by its own value.
+  kernel = block.attention.q_proj.kernel[...]
+  np.testing.assert_array_equal(flat.block.attention.q_proj.kernel[...], kernel)
+
+
+def test_quantize_block_is_learning_then_packing(learned):
+  block, x, context, flat, _, arguments = learned
+  expected = pack(flat, arguments["settings"])
+  for given in (x, Streams(x, x)):
+    found = quantize_block(0, block, given, context, key=jax.random.key(0), **arguments)
+    for path, weight in quantized_weights(expected).items():
+      np.testing.assert_array_equal(quantized_weights(found)[path].values, weight.values)
+  # The student that was trained is the packed block, but for roundings of float32 at ties.
+  target = run_block(block, x, context)
+  error = lambda block: float(jnp.mean((run_block(block, x, context) - target) ** 2))
+  assert error(expected) == pytest.approx(error(flat), rel=0.05)
+  with pytest.raises(UserError, match="finisher='awq'"):
+    pack(flat, arguments["settings"], "awq")
+
+
+def test_saved_transforms_and_folded_blocks_come_back(learned, tmp_path):
+  block, x, context, flat, _, arguments = learned
+  settings = arguments["settings"]
+  fresh = initial_block(block, x, context, jax.random.key(9), settings)
+  saved.save_learned(tmp_path / "learned", [flat])
+  (loaded,) = saved.load_learned(tmp_path / "learned", [fresh])
+  for a, b in zip(
+    jax.tree.leaves(nnx.state(loaded, Learned)), jax.tree.leaves(nnx.state(flat, Learned))
+  ):
+    np.testing.assert_array_equal(a, b)
+  folded = reparametrize(flat, settings)
+  saved.save_folded(tmp_path / "folded", [folded])
+  (again,) = saved.load_folded(tmp_path / "folded", [reparametrize(fresh, settings)])
+  np.testing.assert_array_equal(run_block(again, x, context), run_block(folded, x, context))
+  with pytest.raises(UserError, match="nothing for blocks.1"):
+    saved.load_learned(tmp_path / "learned", [fresh, fresh])
+  with pytest.raises(UserError, match="does not exist"):
+    saved.load_learned(tmp_path / "none", [fresh])
