@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from common.decoding.cache import keep_slots, roll_back, take_rows, unpack
 from common.models.decoder import KVCache
@@ -12,6 +14,16 @@ from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, ra
 
 # float32 sums in another order.
 TOLERANCE = {"atol": 2e-5}
+
+run = nnx.jit(lambda model, tokens, options: model(tokens, **options))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+  """These programs run once: to compile them takes far longer than to run them."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=("llama", "qwen2, grouped-query", "bloom"))
@@ -26,26 +38,33 @@ def tokens(model):
 
 def read(model, tokens, room=16, **options):
   cache = KVCache.empty(model.config, len(tokens), room)
-  return model(tokens, cache=cache, **options)
+  return run(model, tokens, {"cache": cache} | options)
+
+
+def whole_logits(model, row):
+  """Without a cache, [seq, vocab]. One padded shape for all: what follows the end is not seen."""
+  row = jnp.asarray(row)
+  return run(model, jnp.pad(row, (0, 16 - len(row)))[None], {})[0][0, : len(row)]
 
 
 def test_rows_go_on_from_where_each_was_rolled_back(model, tokens):
   _, cache = read(model, tokens)
   length = jnp.array([5, 7])
-  logits, cache = model(tokens[:, :2], cache=roll_back(cache, length))
+  logits, cache = run(model, tokens[:, :2], {"cache": roll_back(cache, length)})
   np.testing.assert_array_equal(cache.length, length + 2)
   for row, kept in enumerate((5, 7)):
-    whole = jnp.concatenate([tokens[row, :kept], tokens[row, :2]])[None]
-    np.testing.assert_allclose(logits[row], model(whole)[0][0, kept:], **TOLERANCE)
+    whole = jnp.concatenate([tokens[row, :kept], tokens[row, :2]])
+    np.testing.assert_allclose(logits[row], whole_logits(model, whole)[kept:], **TOLERANCE)
 
 
 def test_rows_are_reordered(model, tokens):
   _, cache = read(model, tokens)
   rows = jnp.array([1, 1, 0])
   new = jnp.array([[3], [4], [5]])
-  logits, _ = model(new, cache=take_rows(cache, rows))
+  logits, _ = run(model, new, {"cache": take_rows(cache, rows)})
   whole = jnp.concatenate([tokens[rows], new], axis=1)
-  np.testing.assert_allclose(logits[:, 0], model(whole)[0][:, -1], **TOLERANCE)
+  for found, row in zip(logits, whole):
+    np.testing.assert_allclose(found[0], whole_logits(model, row)[-1], **TOLERANCE)
 
 
 def test_a_tree_of_drafts_is_as_its_paths_one_by_one(model, tokens):
@@ -59,22 +78,21 @@ def test_a_tree_of_drafts_is_as_its_paths_one_by_one(model, tokens):
   _, cache = read(model, tokens)
   length = jnp.array([9, 6])
   cache = roll_back(cache, length)
-  logits, tree = model(
-    drafts, positions=length[:, None] + depth, cache=cache, mask=jnp.asarray(ancestors)[None]
-  )
+  options = {"positions": length[:, None] + depth, "cache": cache}
+  logits, tree = run(model, drafts, options | {"mask": jnp.asarray(ancestors)[None]})
   paths = ([0, 1, 3], [0, 2, 4])
   whole = lambda row, path: jnp.concatenate([tokens[row, : length[row]], drafts[row, path]])
   for path in map(jnp.array, paths):
     for row in (0, 1):
-      expected = model(whole(row, path)[None])[0][0, length[row] :]
+      expected = whole_logits(model, whole(row, path))[length[row] :]
       np.testing.assert_allclose(logits[row, path], expected, **TOLERANCE)
   # The second path stays, of the second row its first two nodes.
   slots, count = length[:, None] + jnp.array(paths[1]), jnp.array([3, 2])
   kept = keep_slots(tree, length, slots, count)
-  logits, _ = model(jnp.array([[8], [8]]), cache=kept)
+  logits, _ = run(model, jnp.array([[8], [8]]), {"cache": kept})
   for row in (0, 1):
     path = jnp.array(paths[1][: int(count[row])])
-    expected = model(jnp.append(whole(row, path), 8)[None])[0][0, -1]
+    expected = whole_logits(model, jnp.append(whole(row, path), 8))[-1]
     np.testing.assert_allclose(logits[row, 0], expected, **TOLERANCE)
 
 
@@ -87,9 +105,9 @@ def test_packed_prompts_are_unpacked(model):
   _, cache = read(model, packed, room=6, positions=positions, segment_ids=segment_ids)
   lengths = jnp.array([len(p) for p in prompts])
   cache = unpack(cache, rows, segments, lengths, max_length=8)
-  logits, _ = model(jnp.full((4, 1), 3), cache=cache)
+  logits, _ = run(model, jnp.full((4, 1), 3), {"cache": cache})
   for row, prompt in enumerate(prompts):
-    expected = model(jnp.array([[*prompt, 3]]))[0][0, -1]
+    expected = whole_logits(model, [*prompt, 3])[-1]
     np.testing.assert_allclose(logits[row, 0], expected, **TOLERANCE)
 
 
@@ -97,6 +115,6 @@ def test_a_common_length_becomes_one_of_each_row(model, tokens):
   _, cache = read(model, tokens)
   assert cache.length.ndim == 0
   apart = dataclasses.replace(cache, length=jnp.full(2, 9))
-  one, _ = model(tokens[:, :1], cache=cache)
-  other, _ = model(tokens[:, :1], cache=apart)
+  one, _ = run(model, tokens[:, :1], {"cache": cache})
+  other, _ = run(model, tokens[:, :1], {"cache": apart})
   np.testing.assert_allclose(one, other, **TOLERANCE)
