@@ -335,7 +335,7 @@ def _draft(
 
   def propose(i, hidden, stopped, policy, tokens, logits):
     """One token from the hidden state of the one before it."""
-    adjusted = adjust(_logits(model, hidden), sampling)
+    adjusted = adjust(model.logits(hidden), sampling)
     token = jax.random.categorical(jax.random.fold_in(key, i), adjusted).astype(jnp.int32)
     policy, stop = stop_drafting(policy, Draft(i + 1, token, adjusted, hidden))
     return token, stopped | stop, policy, tokens.at[:, i].set(token), logits.at[:, i].set(adjusted)
@@ -377,12 +377,6 @@ def _hidden(model, tokens, positions, segments, cache) -> tuple[Array, KVCache]:
   """The last token's hidden state behind the final norm, [batch, width]."""
   x, cache = model.run_blocks(tokens, positions, segments, cache)
   return model.head_input(x[:, -1:])[:, 0], cache
-
-
-def _logits(model: Decoder, hidden: Array) -> Array:
-  tied = model.lm_head is None
-  logits = model.embed_tokens.attend(hidden) if tied else model.lm_head(hidden)
-  return logits.astype(jnp.float32)
 
 
 def _pad(tokens: Array) -> Array:

@@ -401,7 +401,10 @@ class Decoder(nnx.Module):
 
   def head(self, x: Array) -> Array:
     """The last block's output [batch, seq, dim] -> logits float32 [batch, seq, vocab]."""
-    x = self.head_input(x)
+    return self.logits(self.head_input(x))
+
+  def logits(self, x: Array) -> Array:
+    """What `head_input` returns, [..., width] -> logits float32 [..., vocab]."""
     logits = self.embed_tokens.attend(x) if self.lm_head is None else self.lm_head(x)
     return logits.astype(jnp.float32)
 

@@ -1,0 +1,24 @@
+import importlib.util
+
+import jax
+import pytest
+
+from common import cli
+from common.compilation.topology import tpu_slice
+from projects.specdec_pp import config as specdec_pp_config
+from projects.specdec_pp.compile_steps import compile_steps
+
+
+def test_paper_steps_are_abstract_and_placed():
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed")
+  cli.prepare_jax(compile_only=True)
+  steps = compile_steps(specdec_pp_config.get_config("paper"), tpu_slice("v5e:2x2").devices)
+  names = ["train the head", "decode", "score", "verify"]
+  assert all(step.name.startswith(name) for step, name in zip(steps, names, strict=True))
+  for step in steps:
+    leaves = jax.tree.leaves(step.arguments)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) and x.sharding is not None for x in leaves)
+  state, batch, _ = steps[0].arguments
+  assert state.params.kernels.shape == (3, 4096, 4096)
+  assert batch["hidden"].shape == (32, 512, 4096)
