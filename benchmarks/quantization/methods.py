@@ -5,7 +5,7 @@
 
 Each method quantizes the same model on the same calibration samples, in a process of its own, twice:
 the second time everything is compiled. The report, its page and plots go to
-`benchmarks/quantization/methods/`. qwix takes its statistics in one pass of the full-precision
+`benchmarks/quantization/methods/`, and `measured.json`, from which an interrupted run goes on. qwix takes its statistics in one pass of the full-precision
 model, as its calibration providers do; its functions and ours are given the same format.
 
 The bound of a decode step is that of one 4096 x 4096 linear at one row on a v5e in the method's
@@ -264,7 +264,16 @@ def make_report(results: dict, bounds: dict[str, float], out: pathlib.Path):
   tables = []
   for setting, (bits, _, names) in SETTINGS.items():
     rows = [
-      ["full precision", full["perplexity"], 0.0, 32.0, None, None, None, bounds["full precision"]]
+      [
+        "full precision",
+        full["perplexity"],
+        0.0,
+        32.0,
+        None,
+        None,
+        None,
+        bounds["full precision 16"],
+      ]
     ]
     for name in names:
       found = results[setting].get(name)
@@ -320,10 +329,15 @@ def main(_) -> None:
     if (name in METHODS or name in PEERS) and (name, bits) != ("qwix gptq", 3)
     if not _ONLY.value or name in _ONLY.value
   ]
-  results = {}
+  measured = out / "measured.json"
+  # What an interrupted run has measured already stays.
+  results = json.loads(measured.read_text()) if measured.exists() else {}
   for setting, name, bits, activation_bits in track(wanted, "methods"):
+    if name in results.get(setting, {}):
+      continue
     found = run_child(f"--child={name},{bits},{activation_bits}")
     results.setdefault(setting, {})[name] = found
+    measured.write_text(json.dumps(results, indent=1))
   bounds = {}
   for storage, bits in track(sorted(storages(results)), "decode bounds"):
     try:
