@@ -1,4 +1,4 @@
-"""SpecDec++ beside fixed lengths, schedules and the oracle: the card's tables and claims."""
+"""SpecDec++ beside fixed lengths, schedules and the oracle: tables and claims."""
 
 import pathlib
 from typing import NamedTuple
