@@ -1,5 +1,6 @@
 """The environment that JAX reads, set before any test imports it, and its programs freed in time."""
 
+import hypothesis
 import pytest
 
 from common import cli
@@ -7,6 +8,10 @@ from common import cli
 cli.prepare_jax()
 
 import jax  # noqa: E402
+
+# An example may compile, and how long that takes depends on what else the machine does.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="module")
