@@ -23,3 +23,11 @@ def free_programs():
   """
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """For files whose programs run once: to compile them takes far longer than to run them."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)

@@ -19,10 +19,15 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from common.errors import UserError
+from common.models.decoder import AttentionContext
+from common.models.surgery import record_inputs
 from common.quantization import rtn
 from common.quantization.activations import SMALLEST_RANGE, ActivationFormat, fake_quantize
+from common.quantization.equivalent import ScalingGroup
+from common.quantization.linear import get_kernels, set_kernels
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray, from_codes
 
 Array = jax.Array
@@ -189,6 +194,35 @@ def tensor_outputs(x: Array, kernels: dict[str, Array]) -> Array:
   """The tensor itself: a loss that does not look at what reads it (an ablation of the paper)."""
   del kernels
   return x
+
+
+def group_outputs(
+  graphdef, state, group: ScalingGroup, context: AttentionContext
+) -> tuple[Outputs, dict[str, Array]]:
+  """What a search's loss looks at, and the kernels of the group's linears.
+
+  Of q, k and v it is attention before o_proj; of gate and up act(gate) up; the product otherwise.
+
+  Args:
+    graphdef, state: of the block's attention or MLP.
+    group: which.
+    context: of the samples.
+  """
+  names = {path: path.partition(".")[2] for path in group.linears}
+  found = get_kernels(nnx.merge(graphdef, state), list(names.values()))
+  kernels = {path: found[name].astype(jnp.float32) for path, name in names.items()}
+  if group.inspect in group.linears:
+    return linear_outputs, kernels
+  attention = group.inspect == "attention"
+  last = "o_proj" if attention else "down_proj"
+
+  def module_outputs(x, kernels):
+    module = nnx.merge(graphdef, state)
+    set_kernels(module, {names[path]: kernel for path, kernel in kernels.items()})
+    run = lambda module: module(x, context) if attention else module(x)
+    return record_inputs(module, [last], run)[1][last]
+
+  return module_outputs, kernels
 
 
 def weight_codes(w: Array, format: IntegerFormat) -> tuple[Array, Array, Array | None]:

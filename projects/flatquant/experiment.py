@@ -26,6 +26,7 @@ from projects.flatquant.flat_block import SITES
 from projects.flatquant.flatness import error_landscape
 from projects.flatquant.flatquant import check_block, reparametrize
 from projects.flatquant.methods import PARTS, settings_of
+from projects.flatquant.rotation import fold_gains
 
 Array = jax.Array
 
@@ -143,8 +144,10 @@ def compare_methods(
       keep(f"QuaRot{suffix}", methods.quarot(rotated, tokens, settings, ratios, finisher), rotated)
     for part in reversed(parts):
       changed = settings_of(config, name, **PARTS[part])
-      learned = methods.learn_model(config, model, tokens, changed, draw.seed)
-      keep(part, methods.finish_model(model, learned, changed, "rtn", tokens))
+      # As SpinQuant, and QuaRot: a gain that makes outliers is not the rotation's to undo.
+      start = fold_gains(model) if part == "learned rotation" else model
+      learned = methods.learn_model(config, start, tokens, changed, draw.seed)
+      keep(part, methods.finish_model(start, learned, changed, "rtn", tokens), start)
       if draw is draws[0]:
         flat_blocks[part] = learned
       if part == "FlatQuant" and config.gptq:

@@ -1,8 +1,8 @@
 """A block in FlatQuant's transformed basis: its settings, what is learned, and how it is folded."""
 
 import dataclasses
+import typing
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from projects.flatquant.transforms import (
   Factors,
   FixedRotation,
   KroneckerTransform,
+  LearnedRotation,
   Parametrization,
   RawMatrix,
   SVDMatrix,
@@ -58,8 +59,8 @@ class FlatQuantSettings:
     sites: the transforms, of `SITES` (LT of the paper's ablation; empty: none).
     scale: c (PS).
     clip: learned factors of the ranges (LCT).
-    matrices: "svd" or "inverse", see `transforms`; "hadamard" fixes every factor (QuaRot).
-    orthogonal: keep the singular values of "svd" at 1.
+    matrices: "svd" or "inverse", see `transforms`; "rotation" learns orthogonal factors (SpinQuant),
+      "hadamard" fixes every factor (QuaRot).
     left_size: n1 of P_a, P_ug and P_d; None takes the factors closest to each other.
     scale_alpha: c starts at max|w|^(1 - alpha) / max|x|^alpha.
     initial_clip: logit of every clipping factor at the start.
@@ -76,8 +77,7 @@ class FlatQuantSettings:
   sites: tuple[str, ...] = SITES
   scale: bool = True
   clip: bool = True
-  matrices: Parametrization | Literal["hadamard"] = "svd"
-  orthogonal: bool = False
+  matrices: Parametrization = "svd"
   left_size: int | None = None
   scale_alpha: float = 0.3
   initial_clip: float = INITIAL_CLIP
@@ -85,8 +85,9 @@ class FlatQuantSettings:
   def __post_init__(self):
     if unknown := [site for site in self.sites if site not in SITES]:
       raise UserError(f"no transform {unknown[0]!r}; choose of {', '.join(SITES)}")
-    if self.matrices not in ("svd", "inverse", "hadamard"):
-      raise UserError(f"matrices={self.matrices!r}; supported: svd, inverse, hadamard")
+    if self.matrices not in typing.get_args(Parametrization):
+      supported = ", ".join(typing.get_args(Parametrization))
+      raise UserError(f"matrices={self.matrices!r}; supported: {supported}")
     if self.weights is not None and self.weights.axis != 0:
       raise UserError(f"weights have axis={self.weights.axis}; FlatQuant groups the input (axis 0)")
     for format in (self.activations, self.queries, self.keys, self.values):
@@ -233,7 +234,7 @@ def _matrix(n: int, key: Array, settings: FlatQuantSettings) -> nnx.Module:
     return FixedRotation(hadamard(n))
   if settings.matrices == "inverse":
     return RawMatrix(n, key)
-  return SVDMatrix(n, key, orthogonal=settings.orthogonal)
+  return LearnedRotation(n, key) if settings.matrices == "rotation" else SVDMatrix(n, key)
 
 
 def _transform_heads(x: Array, matrix: Array) -> Array:

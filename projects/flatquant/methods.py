@@ -24,7 +24,8 @@ from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import ReconstructionSettings
 from projects.flatquant.flat_block import FlatBlock, FlatQuantSettings
 from projects.flatquant.flatquant import initial_block, learn_block, make_optimizer, pack
-from projects.flatquant.rotation import random_hadamard, rotate_residual
+from projects.flatquant.rotation import rotate_residual
+from projects.flatquant.transforms import random_hadamard
 
 Array = jax.Array
 
@@ -62,7 +63,7 @@ PARTS = {
   "FlatQuant": {},
   "LT + PS": {"clip": False},
   "LT": {"scale": False, "clip": False},
-  "learned rotation": {"orthogonal": True, "scale": False, "clip": False},
+  "learned rotation": {"matrices": "rotation", "scale": False, "clip": False},
 }
 
 

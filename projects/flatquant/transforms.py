@@ -21,7 +21,7 @@ from kernels.kronecker_quantize.api import kronecker_transform
 
 Array = jax.Array
 
-Parametrization = Literal["svd", "inverse"]
+Parametrization = Literal["svd", "inverse", "rotation", "hadamard"]
 
 
 @jax.custom_jvp
@@ -73,6 +73,12 @@ def hadamard(n: int) -> np.ndarray:
   return np.kron(scipy.linalg.hadamard(power) / np.sqrt(power), rest).astype(np.float32)
 
 
+def random_hadamard(key: Array, n: int) -> np.ndarray:
+  """A Hadamard matrix with random signs of its rows, float32 [n, n]."""
+  signs = np.asarray(jax.random.rademacher(key, (n, 1), jnp.float32))
+  return signs * hadamard(n)
+
+
 class Factors(NamedTuple):
   """P = left (x) right with its inverse, and the scale before it: x -> (x * scale) P.
 
@@ -104,18 +110,15 @@ class SVDMatrix(nnx.Module):
   Both R start as random orthogonal matrices (as raw matrices, not as Q) and sigma at 1.
   """
 
-  def __init__(self, n: int, key: Array, *, orthogonal: bool):
-    """P [n, n]; `orthogonal` keeps sigma at 1."""
+  def __init__(self, n: int, key: Array):
     keys = jax.random.split(key)
     self.raw = Learned(jnp.stack([random_orthogonal(k, n) for k in keys]))
     self.sigma = Learned(jnp.ones(n, jnp.float32))
-    # Switches are arrays: ablations then share compilations.
-    self.orthogonal = nnx.Param(jnp.asarray(orthogonal))
 
   def matrices(self) -> tuple[Array, Array]:
     """(P, P^-T), [n, n] each."""
     u, v = cayley(self.raw[...])
-    sigma = jnp.where(self.orthogonal[...], 1.0, self.sigma[...])
+    sigma = self.sigma[...]
     product = lambda diagonal: jnp.matmul(u * diagonal, v.T, precision="highest")
     return product(sigma), product(1 / sigma)
 
@@ -129,6 +132,22 @@ class RawMatrix(nnx.Module):
   def matrices(self) -> tuple[Array, Array]:
     """(P, P^-T), [n, n] each."""
     return self.raw[...], inverse(self.raw[...]).T
+
+
+class LearnedRotation(nnx.Module):
+  """P = H Q, H a Hadamard matrix with random signs and Q a rotation that starts as the identity.
+
+  What SpinQuant learns (Liu et al., ICLR 2025): orthogonal matrices, from Hadamard matrices on.
+  """
+
+  def __init__(self, n: int, key: Array):
+    self.start = nnx.Param(jnp.asarray(random_hadamard(key, n)))
+    self.raw = Learned(jnp.zeros((n, n), jnp.float32))
+
+  def matrices(self) -> tuple[Array, Array]:
+    """(P, P^-T), which are equal, [n, n] each."""
+    rotation = jnp.matmul(self.start[...], cayley(self.raw[...]), precision="highest")
+    return rotation, rotation
 
 
 class FixedRotation(nnx.Module):
@@ -158,6 +177,7 @@ class KroneckerTransform(nnx.Module):
     """Matrices with `.matrices()`, c [n] or None for 1, and what of them is used."""
     self.left, self.right = left, right
     self.scale = None if scale is None else Learned(scale.astype(jnp.float32))
+    # Switches are arrays: ablations then share compilations.
     self.use_left, self.use_right = (
       nnx.Param(jnp.asarray(use_left)),
       nnx.Param(jnp.asarray(use_right)),

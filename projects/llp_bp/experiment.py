@@ -332,7 +332,7 @@ def switch_table(name: str, m: int, outcomes: list[Outcome], report: Report) -> 
 
 
 def claims(config: ConfigDict, name: str, of_set: dict, report: Report) -> None:
-  """What the card asks, and the paper's claim about large bags."""
+  """The paper's claims, and the one about large bags."""
   best = after(config.rounds)
   for m, outcomes in of_set.items():
     auc = lambda method, outcomes=outcomes: [o.quality[method].auc for o in outcomes]

@@ -21,7 +21,7 @@ def get_config(preset: str = "default") -> ConfigDict:
       "tasks": ("translation", "prose"),
       "seeds": (0, 1, 2),
       "examples": 1000,  # Calibration inputs, and as many for the test.
-      "metric": "f1",  # Graded quality: f1 (of words), chrf or exact.
+      "metric": "f1",  # Graded quality: f1 (of words) or exact.
       "include_eos": True,  # The stop token's log-probability counts.
       "decode_batch": 500,
       # translation: (dim, layers of either stack, steps, learning rate) of both models.

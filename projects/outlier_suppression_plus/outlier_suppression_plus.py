@@ -21,7 +21,7 @@ from flax import nnx
 from common.errors import UserError
 from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig
 from common.models.encoder import Encoder
-from common.models.surgery import get_module, linear_paths, replace_module
+from common.models.surgery import get_module, linear_paths
 from common.quantization.activations import ActivationFormat, quantize_inputs
 from common.quantization.attention import OPERANDS, QuantizedAttention
 from common.quantization.calibration import (
@@ -31,13 +31,14 @@ from common.quantization.calibration import (
   token_mask,
 )
 from common.quantization.equivalent import ScalingGroup, smoothquant_scale
-from common.quantization.linear import get_kernels, pack_linears, set_kernels
+from common.quantization.linear import get_kernels, pack_linears
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.shift_and_scale import (
   Outputs,
   ScaleSearch,
   channel_range,
   channel_shift,
+  group_outputs,
   linear_outputs,
   quantize_weights,
   search_scale,
@@ -396,30 +397,11 @@ def site_outputs(
 ) -> tuple[Outputs, dict[str, Array]]:
   """What the search's loss looks at, and the kernels that it depends on.
 
-  "output" is the concatenated heads before o_proj for q, k, v; act(gate) up before down_proj for a
-  gated MLP; the linear's product without bias or activation for any other.
+  "output" is that of `group_outputs`; "linear" the products of the site's linears; "tensor" what
+  they read.
   """
-  names = {path: path.partition(".")[2] for path in site.linears}
-  found = get_kernels(nnx.merge(graphdef, state), list(names.values()))
-  kernels = {path: found[name].astype(jnp.float32) for path, name in names.items()}
-  if objective == "tensor":
-    return tensor_outputs, kernels
-  if objective == "linear" or site.inspect in site.linears:
-    return linear_outputs, kernels
-
-  def module_outputs(x, kernels):
-    module = nnx.merge(graphdef, state)
-    set_kernels(module, {names[path]: kernel for path, kernel in kernels.items()})
-    last = "o_proj" if site.inspect == "attention" else "down_proj"
-    replace_module(module, last, _Identity())
-    return module(x, context)[0] if site.inspect == "attention" else module(x)
-
-  return module_outputs, kernels
-
-
-class _Identity(nnx.Module):
-  def __call__(self, x: Array) -> Array:
-    return x
+  outputs, kernels = group_outputs(graphdef, state, site, context)
+  return {"output": outputs, "linear": linear_outputs, "tensor": tensor_outputs}[objective], kernels
 
 
 def _gain(block: Block, site: ScalingGroup) -> Array | None:

@@ -33,12 +33,12 @@ from common.quantization.equivalent import (
 from common.quantization.linear import get_kernels, pack_linears, set_kernels
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray, from_codes
 from common.quantization.reconstruction import Learned, ReconstructionSettings, reconstruct
-from common.quantization.shift_and_scale import channel_range, search_scale
+from common.quantization.shift_and_scale import channel_range, group_outputs, search_scale
 from common.quantization.straight_through import clip_ste, round_ste
 from projects.qllm.error_correction import make_optimizer
 from projects.qllm.qllm import quantize_attention
 from projects.qllm.settings import Settings
-from projects.qllm.sites import site_outputs, sites
+from projects.qllm.sites import sites
 
 Array = jax.Array
 
@@ -240,7 +240,7 @@ def _smoothquant_scale(x: Array, mask: Array, kernels: list[Array], alpha: Array
 def _searched_scale(
   graphdef, state, x, context, low, high, site: ScalingGroup, weights, activations, lower_fraction
 ) -> Array:
-  outputs, kernels = site_outputs(graphdef, state, site, context)
+  outputs, kernels = group_outputs(graphdef, state, site, context)
   mask = token_mask(x, context)
   return search_scale(
     outputs,

@@ -17,7 +17,6 @@ nearest sources are merged. Split channels are left out.
 Pure functions of arrays with static shapes: whatever the data, A(theta) is at most `max_extra`.
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -31,7 +30,7 @@ from common.quantization.reassembly import (
   reassemble_activations,
   reassemble_weights,
 )
-from common.quantization.shift_and_scale import LARGEST_STEP, MIN_CANDIDATES
+from common.quantization.shift_and_scale import LARGEST_STEP, MIN_CANDIDATES, Outputs
 
 Array = jax.Array
 
@@ -39,9 +38,6 @@ Array = jax.Array
 # "pruning" drops the least important channels where "both" merges.
 Kind = Literal["disassembly", "assembly", "pruning", "both"]
 Score = Literal["code", "exact"]
-
-# (x [..., in], {path: kernel [in, out]}) -> the next modules' output [..., features].
-Outputs = Callable[[Array, dict[str, Array]], Array]
 
 
 class ThresholdSearch(NamedTuple):

@@ -60,6 +60,10 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
       f"the tasks {', '.join(config.tasks)} need EleutherAI's harness: pip install {LM_EVAL}, or "
       "pass --config.tasks=()"
     )
+  if missing := [m for m in ("RTN", "QLLM, no tuning", "QLLM") if m not in config.methods]:
+    raise UserError(
+      f"methods lacks {', '.join(missing)}, which the others are compared with; add it"
+    )
   base = base_model(config.model)
   for name in config.settings:
     check_model(base.model, settings_of(config, name))

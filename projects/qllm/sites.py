@@ -8,16 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.models.decoder import AttentionContext, Block, DecoderConfig
-from common.models.surgery import get_module, record_inputs
+from common.models.surgery import get_module
 from common.quantization.activations import ActivationFormat
 from common.quantization.calibration import block_inputs, token_mask
 from common.quantization.equivalent import ScalingGroup, scaling_groups
-from common.quantization.linear import get_kernels, set_kernels
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reassembly import Reassembly, reassemble_activations, reassemble_weights
-from common.quantization.shift_and_scale import linear_outputs
+from common.quantization.shift_and_scale import group_outputs
 from projects.qllm.channel_reassembly import (
-  Outputs,
   ThresholdSearch,
   mean_squared_error,
   num_extra,
@@ -85,35 +83,6 @@ def find_reassemblies(
   return found
 
 
-def site_outputs(
-  graphdef, state, site: ScalingGroup, context: AttentionContext
-) -> tuple[Outputs, dict[str, Array]]:
-  """What a search's loss looks at, and the kernels of the site's linears.
-
-  Of q, k and v it is attention before o_proj; of gate and up act(gate) up; the product otherwise.
-
-  Args:
-    graphdef, state: of the block's attention or MLP.
-    site: which.
-    context: of the samples.
-  """
-  names = {path: path.partition(".")[2] for path in site.linears}
-  found = get_kernels(nnx.merge(graphdef, state), list(names.values()))
-  kernels = {path: found[name].astype(jnp.float32) for path, name in names.items()}
-  if site.inspect in site.linears:
-    return linear_outputs, kernels
-  attention = site.inspect == "attention"
-  last = "o_proj" if attention else "down_proj"
-
-  def module_outputs(x, kernels):
-    module = nnx.merge(graphdef, state)
-    set_kernels(module, {names[path]: kernel for path, kernel in kernels.items()})
-    run = lambda module: module(x, context) if attention else module(x)
-    return record_inputs(module, [last], run)[1][last]
-
-  return module_outputs, kernels
-
-
 @functools.partial(jax.jit, static_argnums=(0, 5, 6, 7, 8, 9))
 def search_site(
   graphdef,
@@ -128,7 +97,7 @@ def search_site(
   activations: ActivationFormat,
 ) -> ThresholdSearch:
   """`search_threshold` at one site; `graphdef` and `state` are of its attention or MLP."""
-  outputs, kernels = site_outputs(graphdef, state, site, context)
+  outputs, kernels = group_outputs(graphdef, state, site, context)
   return search_threshold(
     outputs,
     x.astype(jnp.float32),
@@ -156,7 +125,7 @@ def reassemble_site(
   kind: str,
 ) -> tuple[Reassembly, Array, Array]:
   """The reassembly, the number of extra channels, and the relative error; see `SiteReassembly`."""
-  outputs, kernels = site_outputs(graphdef, state, site, context)
+  outputs, kernels = group_outputs(graphdef, state, site, context)
   mask = token_mask(x, context)
   x = x.astype(jnp.float32)
   tokens, w = (x * mask).reshape(-1, x.shape[-1]), jnp.concatenate(list(kernels.values()), axis=1)

@@ -3,12 +3,13 @@ import pathlib
 import shutil
 import types
 
-import jax
 import numpy as np
 import pytest
 
 from apps import parity
 from common.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "hf_checkpoints"
 CHECKPOINTS = {
@@ -29,14 +30,6 @@ CHECKPOINTS = {
   "gpt2_base": "GPT2Model",
   "qwen2_mixed_windows": "Qwen2ForCausalLM",
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """These programs run once: to compile them takes far longer than to run them."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

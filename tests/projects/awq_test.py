@@ -231,7 +231,7 @@ def test_scales_alone_leave_the_logits(architecture):
     ]
   )
   expected = logits(model, tokens)
-  # Scales of 0.1 to 10 reorder float32 sums; the card's bar is 1e-4 of the logits.
+  # Scales of 0.1 to 10 reorder float32 sums; the bar is 1e-4 of the logits.
   np.testing.assert_allclose(
     logits(scaled, tokens), expected, atol=1e-4 * float(abs(expected).max())
   )

@@ -37,8 +37,14 @@ from projects.flatquant.kronecker import (
   multiplications,
   seconds_per_token,
 )
-from projects.flatquant.rotation import random_hadamard, rotate_residual
-from projects.flatquant.transforms import Factors, cayley, hadamard
+from projects.flatquant.rotation import rotate_residual
+from projects.flatquant.transforms import (
+  Factors,
+  LearnedRotation,
+  cayley,
+  hadamard,
+  random_hadamard,
+)
 from tests.common.models.small_decoders import (
   ARCHITECTURES,
   logits,
@@ -147,6 +153,17 @@ def test_cost_model():
   speed["bytes_per_second"] = 1e10
   assert seconds_per_token(64, 8, **speed) == pytest.approx(64 * 2.5e-10)
   assert seconds_per_token(64, 8, **speed, fused=False) == pytest.approx(64 * 10.5e-10)
+
+
+def test_a_learned_rotation_starts_as_hadamard_and_stays_orthogonal():
+  rotation = LearnedRotation(12, jax.random.key(0))
+  start, inverse_transpose = rotation.matrices()
+  np.testing.assert_allclose(start, random_hadamard(jax.random.key(0), 12), atol=1e-6)
+  np.testing.assert_array_equal(start, inverse_transpose)
+  rotation.raw[...] = jax.random.normal(jax.random.key(1), (12, 12))
+  moved, _ = rotation.matrices()
+  np.testing.assert_allclose(moved @ moved.T, np.eye(12), atol=1e-5)
+  assert np.abs(moved - start).max() > 0.1
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 12, 16, 24, 86, 384])

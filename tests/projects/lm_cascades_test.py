@@ -14,6 +14,8 @@ from projects.lm_cascades import deferral, experiment, metrics, outputs, post_ho
 from projects.lm_cascades.cascade import generation_flops, run_cascade
 from projects.lm_cascades.translation import EOS, make_language, make_pairs, model_config
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ALPHAS = np.array([0, 0.1, 0.37, 0.5, 1], np.float32)
 BATCH, SLOTS = 6, 5
 
@@ -273,10 +275,6 @@ def test_metrics():
   assert metrics.token_f1("a b c".split(), "b c d e".split()) == pytest.approx(4 / 7)
   assert metrics.token_f1([], []) == 1 and metrics.token_f1([], ["a"]) == 0
   assert metrics.exact_match([1, 2], [1, 2]) == 1 and metrics.exact_match([1], [1, 2]) == 0
-  assert metrics.chrf("a cat", "acat") == 1 and metrics.chrf("xy", "ab") == 0
-  # Bigrams and unigrams by hand: P = (2/2 + 1/1) / 2, R = (2/3 + 1/2) / 2, F2.
-  p, r = 1.0, (2 / 3 + 1 / 2) / 2
-  assert metrics.chrf("ab", "abc") == pytest.approx(5 * p * r / (4 * p + r))
 
 
 def test_difficulty_does_not_depend_on_length():

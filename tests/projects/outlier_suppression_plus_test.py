@@ -49,6 +49,8 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TESTS = pathlib.Path(__file__).parents[1]
 GOLDEN = TESTS / "golden" / "outlier_suppression_plus" / "migration_search.npz"
 CHECKPOINTS = TESTS / "golden" / "hf_checkpoints"
@@ -64,14 +66,6 @@ FORMATS = {
   ),
   "int4_token": (IntegerFormat(4), ActivationFormat(4)),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """These programs run once: to compile them takes far longer than to run them."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_search_against_every_threshold_on_one_head():

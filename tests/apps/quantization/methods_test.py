@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,16 +17,10 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CONFIG = dataclasses.replace(ARCHITECTURES["llama"], num_layers=2)
 OPTIONS = Options(group_size=16, steps=4, epochs=1, rank=2, vector_length=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """These programs run once: to compile them takes far longer than to run them."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

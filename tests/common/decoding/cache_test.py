@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,18 +11,12 @@ from common.decoding.cache import keep_slots, roll_back, take_rows, unpack
 from common.models.decoder import KVCache
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # float32 sums in another order.
 TOLERANCE = {"atol": 2e-5}
 
 run = nnx.jit(lambda model, tokens, options: model(tokens, **options))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """These programs run once: to compile them takes far longer than to run them."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", params=("llama", "qwen2, grouped-query", "bloom"))

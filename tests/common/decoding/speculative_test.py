@@ -13,15 +13,9 @@ from common.decoding.speculative import Policy, constant, speculative_generate, 
 from common.errors import UserError
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [9]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """These programs run once: to compile them takes far longer than to run them."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 def normal(seed, *shape):
