@@ -364,6 +364,7 @@ def compare_reassemblies(
   pairs = [
     ("disassembly only (wider)", ours),
     (ours, "disassembly, pruning"),
+    ("exact score of pairs", "disassembly, pruning"),
     (ours, "fixed threshold"),
     (ours, "fixed ratio"),
   ]

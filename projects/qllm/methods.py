@@ -95,6 +95,7 @@ def reassembly_ablations(config: ConfigDict, settings: Settings) -> dict[str, Me
     "disassembly only (wider)": change(reassembly="disassembly"),
     "assembly only (narrower)": change(reassembly="assembly"),
     "disassembly, pruning": change(reassembly="pruning"),
+    "exact score of pairs": change(score="exact"),
     "fixed threshold": change(threshold=config.fixed_threshold),
     "fixed ratio": change(threshold="ratio"),
   }

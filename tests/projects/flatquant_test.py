@@ -18,7 +18,6 @@ from common.quantization.online_transforms import TransformedAttention, clipped_
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import Learned, ReconstructionSettings
 from kernels.attention.api import attention
-from kernels.kronecker_quantize.api import kronecker_quantize, kronecker_transform
 from projects.flatquant import config as flatquant_config
 from projects.flatquant import experiment, methods, saved
 from projects.flatquant.flat_block import ClipFactors, FlatQuantSettings, clip_kernel, round_kernel
@@ -117,31 +116,8 @@ def test_factor_pairs():
     assert left * right == n and left <= right
 
 
-# Kronecker products.
-
-
 def random_matrix(seed: int, *shape: int) -> jax.Array:
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
-
-
-@pytest.mark.parametrize("n1, n2", [(3, 4), (1, 6), (6, 1)])
-def test_kronecker_transform_is_the_dense_product(n1, n2):
-  left, right, x = random_matrix(0, n1, n1), random_matrix(1, n2, n2), random_matrix(2, 5, n1 * n2)
-  dense = np.kron(left, right)
-  np.testing.assert_allclose(kronecker_transform(x, left, right), x @ dense, atol=1e-5)
-  inverses = (np.linalg.inv(m).T for m in (left, right))
-  # The inverse of a random matrix may be large.
-  np.testing.assert_allclose(np.kron(*inverses), np.linalg.inv(dense).T, rtol=1e-2, atol=1e-3)
-
-
-def test_fused_quantization_is_transform_then_rounding():
-  left, right = random_matrix(0, 4, 4), random_matrix(1, 6, 6)
-  x = jnp.asarray(GOLDEN["x"]).at[1].set(0.0)
-  codes, scales = kronecker_quantize(x, left, right, CLIP_AT_START, bits=4)
-  expected = clipped_fake_quantize(kronecker_transform(x, left, right), SIGNED, CLIP_AT_START)
-  assert codes.dtype == jnp.int8 and int(codes.min()) >= -8 and int(codes.max()) <= 7
-  np.testing.assert_allclose(codes * scales, expected, atol=1e-5)
-  np.testing.assert_array_equal(codes[1], 0)
 
 
 def test_cost_model():
