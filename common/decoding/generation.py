@@ -69,11 +69,69 @@ def adjust(logits: Array, sampling: Sampling) -> Array:
   return logits
 
 
+class RowSampling(NamedTuple):
+  """`Sampling` of each row, on device: float32, int32, float32 [batch]."""
+
+  temperature: Array
+  top_k: Array
+  top_p: Array
+
+
+def adjust_rows(logits: Array, sampling: RowSampling) -> Array:
+  """`adjust` where every row has a sampling of its own.
+
+  Args:
+    logits: float32 [batch, ..., vocab].
+  """
+  extra = (1,) * (logits.ndim - 1)
+  temperature, top_k, top_p = (x.reshape(-1, *extra) for x in sampling)
+  scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
+
+  def truncate(scaled):
+    ordered = jnp.sort(scaled, axis=-1, descending=True)
+    vocab = scaled.shape[-1]
+    last = jnp.where(top_k == 0, vocab, jnp.minimum(top_k, vocab)) - 1
+    last = jnp.broadcast_to(last, (*ordered.shape[:-1], 1))
+    kth = jnp.take_along_axis(ordered, last, axis=-1)
+    ordered = jnp.where(ordered < kth, -jnp.inf, ordered)
+    probabilities = jax.nn.softmax(ordered)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # At p = 1 every token stays, whatever the sums round to.
+    kept = (before < top_p) | (top_p >= 1)
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(scaled < jnp.maximum(smallest, kth), -jnp.inf, scaled)
+
+  # Sorting a vocabulary takes longer than all the rest, and most batches need none.
+  truncates = jnp.any((sampling.top_k > 0) | (sampling.top_p < 1))
+  sampled = jax.lax.cond(truncates, truncate, lambda scaled: scaled, scaled)
+  best = jnp.argmax(logits, axis=-1, keepdims=True)
+  greedy = jnp.where(jnp.arange(logits.shape[-1]) == best, 0.0, -jnp.inf)
+  return jnp.where(temperature == 0, greedy, sampled)
+
+
+def categorical(key: Array, logits: Array) -> Array:
+  """A token of each row, int32 [batch].
+
+  Args:
+    key: one, or one for each row, [batch]: then a row's token does not depend on the others.
+    logits: [batch, vocab].
+  """
+  draw = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
+  return draw(key, logits).astype(jnp.int32)
+
+
+def fold_in(key: Array, data) -> Array:
+  """`jax.random.fold_in` of one key, or of one for each row [batch], with one number or one each."""
+  if not key.ndim:
+    return jax.random.fold_in(key, data)
+  return jax.vmap(jax.random.fold_in)(key, jnp.broadcast_to(data, key.shape))
+
+
 def sample(logits: Array, key: Array, sampling: Sampling) -> Array:
   """Chooses tokens, int32 [batch]. logits: float32 [batch, vocab]."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return jax.random.categorical(key, adjust(logits, sampling)).astype(jnp.int32)
+  return categorical(key, adjust(logits, sampling))
 
 
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

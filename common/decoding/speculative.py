@@ -19,6 +19,8 @@ from common.decoding.cache import roll_back
 from common.decoding.generation import (
   Sampling,
   adjust,
+  categorical,
+  fold_in,
   is_stop,
   prepare,
   sampling_and_key,
@@ -44,7 +46,7 @@ def verify(
     draft_logits: what they were sampled from, adjusted (`generation.adjust`), [batch, K, vocab].
     target_logits: the target's, adjusted, at each draft and behind the last, [batch, K + 1, vocab].
     lengths: int32 [batch], drafts of each row, at most K.
-    key: of the decisions.
+    key: of the decisions; one, or one for each row, [batch].
 
   Returns:
     int32 [batch]: how many drafts are accepted, and the token that follows them.
@@ -52,10 +54,10 @@ def verify(
   count = drafts.shape[1]
   p, q = jax.nn.log_softmax(target_logits), jax.nn.log_softmax(draft_logits)
   of_draft = lambda logs: jnp.take_along_axis(logs, drafts[..., None], axis=-1)[..., 0]
-  accept_key, token_key = jax.random.split(key)
+  accept_key, token_key = _split(key)
   # log u < log p - log q; a draft that q could not have made is not there to be accepted.
   ratio = of_draft(p[:, :count]) - of_draft(q)
-  accepted = jnp.log(jax.random.uniform(accept_key, drafts.shape)) < ratio
+  accepted = jnp.log(_uniform(accept_key, drafts.shape)) < ratio
   accepted &= jnp.arange(count) < lengths[:, None]
   number = jnp.sum(jnp.cumprod(accepted, axis=1), axis=1).astype(jnp.int32)
   row = jnp.arange(len(drafts))
@@ -66,8 +68,7 @@ def verify(
   rest = jnp.maximum(behind - rejected, 0.0)
   # p = q up to rounding leaves nothing, and was rejected by rounding alone.
   rest = jnp.where(rest.sum(axis=-1, keepdims=True) > 0, rest, behind)
-  token = jax.random.categorical(token_key, jnp.log(rest)).astype(jnp.int32)
-  return number, token
+  return number, categorical(token_key, jnp.log(rest))
 
 
 class Draft(NamedTuple):
@@ -188,22 +189,105 @@ def speculative_generate(
   return [until_stop(row, stop) for row in np.asarray(new).tolist()], counts
 
 
-class _Round(NamedTuple):
-  """Between two rounds.
+class Pair(NamedTuple):
+  """Both models between two rounds.
 
   Attributes:
     target, draft: caches of all tokens but the last; the draft's may lack one more.
     last: int32 [batch, 2], the last two tokens, neither of which the draft's pass relies on.
     positions: int32 [batch], of the last token.
-    new: int32 [batch, max_new_tokens + max_drafts + 1].
-    count: int32 [batch], how many of them there are.
-    done: bool [batch].
   """
 
   target: KVCache
   draft: KVCache
   last: Array
   positions: Array
+
+
+class Emitted(NamedTuple):
+  """What a round gave each row.
+
+  Attributes:
+    tokens: int32 [batch, max_drafts + 1], of which the first `accepted` + 1 are meant.
+    accepted: int32 [batch], drafts among them.
+    drafted: int32 [batch].
+    logits: the target's, as it gave them, float32 [batch, max_drafts + 1, vocab].
+  """
+
+  tokens: Array
+  accepted: Array
+  drafted: Array
+  logits: Array
+
+
+def one_round(
+  target: Decoder,
+  draft: Decoder,
+  pair: Pair,
+  done: Array,
+  keys: tuple[Array, Array],
+  policy: Any,
+  stop_drafting: Stop,
+  max_drafts: int,
+  adjusted: Callable[[Array], Array],
+  limit: Array | None = None,
+) -> tuple[Pair, Emitted, Any]:
+  """Drafts, verifies, and rolls both caches back to what is accepted.
+
+  Args:
+    target, draft: the models.
+    pair: before the round; both caches have a length for each row and room for max_drafts + 1.
+    done: bool [batch], rows that take no part: they stay as they are.
+    keys: of the drafts and of their verification; each one, or one for each row, [batch].
+    policy: state of the policy.
+    stop_drafting: `Policy.stop`.
+    max_drafts: at most.
+    adjusted: logits [batch, ..., vocab] -> what tokens are sampled from (`generation.adjust`).
+    limit: int32 [batch], a row's drafts at most; 0 makes its round an ordinary step.
+
+  Returns:
+    The pair after the round, what it gave, and the policy's state after drafting.
+  """
+  draft_key, verify_key = keys
+  drafted = _draft(draft, pair, done, policy, stop_drafting, max_drafts, draft_key, adjusted)
+  lengths = drafted.lengths if limit is None else jnp.minimum(drafted.lengths, limit)
+  lengths = jnp.where(done, 0, lengths)
+  column = jnp.arange(max_drafts + 1)
+  # A row's unused drafts are padding.
+  used = (column <= lengths[:, None]) & ~done[:, None]
+  logits, cache = target(
+    jnp.concatenate([pair.last[:, 1:], drafted.tokens], axis=1),
+    positions=pair.positions[:, None] + column,
+    segment_ids=used.astype(jnp.int32),
+    cache=pair.target,
+  )
+  accepted, token = verify(drafted.tokens, drafted.logits, adjusted(logits), lengths, verify_key)
+  emitted = jnp.where(column == accepted[:, None], token[:, None], _pad(drafted.tokens))
+  grown = jnp.where(done, 0, accepted + 1)
+  before = jnp.take_along_axis(
+    jnp.concatenate([pair.last[:, 1:], emitted], axis=1), accepted[:, None], axis=1
+  )
+  last = jnp.concatenate([before, token[:, None]], axis=1)
+  row_length = pair.target.length + grown
+  after = Pair(
+    target=roll_back(cache, row_length),
+    draft=roll_back(drafted.cache, row_length),
+    last=jnp.where(done[:, None], pair.last, last),
+    positions=pair.positions + grown,
+  )
+  return after, Emitted(emitted, accepted, lengths, logits), drafted.policy
+
+
+class _Run(NamedTuple):
+  """Between two rounds of a batch.
+
+  Attributes:
+    new: int32 [batch, max_new_tokens + max_drafts + 1].
+    count: int32 [batch], how many of them there are.
+    done: bool [batch].
+  """
+
+  pair: Pair
   new: Array
   count: Array
   done: Array
@@ -243,11 +327,13 @@ def _speculative(
     return roll_back(cache, jnp.full(batch, length - 1, jnp.int32))
 
   zeros = jnp.zeros(batch, jnp.int32)
-  start = _Round(
-    target=read_prompt(target_model()),
-    draft=read_prompt(draft_model()),
-    last=tokens[:, -2:],
-    positions=positions[:, -1],
+  start = _Run(
+    pair=Pair(
+      target=read_prompt(target_model()),
+      draft=read_prompt(draft_model()),
+      last=tokens[:, -2:],
+      positions=positions[:, -1],
+    ),
     new=jnp.full((batch, max_new_tokens + max_drafts + 1), stop[0], jnp.int32),
     count=zeros,
     done=jnp.zeros(batch, bool),
@@ -256,60 +342,42 @@ def _speculative(
     statistics=Statistics(zeros, zeros, zeros),
   )
 
-  def one_round(state: _Round) -> _Round:
-    key, draft_key, verify_key = jax.random.split(state.key, 3)
-    drafted = _draft(
-      draft_model(), state, stop_drafting, max_drafts, draft_key, sampling, segment_ids
+  def next_round(run: _Run) -> _Run:
+    key, *keys = jax.random.split(run.key, 3)
+    pair, emitted, policy = one_round(
+      target_model(),
+      draft_model(),
+      run.pair,
+      run.done,
+      keys,
+      run.policy,
+      stop_drafting,
+      max_drafts,
+      lambda logits: adjust(logits, sampling),
     )
-    lengths = jnp.where(state.done, 0, drafted.lengths)
-    column = jnp.arange(max_drafts + 1)
-    # A row's unused drafts are padding.
-    used = (column <= lengths[:, None]) & ~state.done[:, None]
-    logits, cache = target_model()(
-      jnp.concatenate([state.last[:, 1:], drafted.tokens], axis=1),
-      positions=state.positions[:, None] + column,
-      segment_ids=used.astype(jnp.int32),
-      cache=state.target,
-    )
-    accepted, token = verify(
-      drafted.tokens, drafted.logits, adjust(logits, sampling), lengths, verify_key
-    )
-    emitted = jnp.where(column == accepted[:, None], token[:, None], _pad(drafted.tokens))
+    tokens, accepted, drafted, _ = emitted
     # The buffer has room for a whole round behind the last token that is wanted.
     written = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))(
-      state.new, emitted, jnp.minimum(state.count, max_new_tokens)
+      run.new, tokens, jnp.minimum(run.count, max_new_tokens)
     )
-    new = jnp.where(state.done[:, None], state.new, written)
-    grown = jnp.where(state.done, 0, accepted + 1)
-    count = state.count + grown
-    stopped = is_stop(emitted, stop) & (column <= accepted[:, None])
-    before = jnp.take_along_axis(
-      jnp.concatenate([state.last[:, 1:], emitted], axis=1), accepted[:, None], axis=1
-    )
-    last = jnp.where(
-      state.done[:, None], state.last, jnp.concatenate([before, token[:, None]], axis=1)
-    )
-    row_length = state.target.length + grown
-    one = (~state.done).astype(jnp.int32)
-    statistics = Statistics(
-      state.statistics.target_calls + one,
-      state.statistics.drafted + lengths,
-      state.statistics.accepted + jnp.where(state.done, 0, accepted),
-    )
-    return _Round(
-      target=roll_back(cache, row_length),
-      draft=roll_back(drafted.cache, row_length),
-      last=last,
-      positions=state.positions + grown,
-      new=new,
+    count = run.count + jnp.where(run.done, 0, accepted + 1)
+    stopped = is_stop(tokens, stop) & (jnp.arange(max_drafts + 1) <= accepted[:, None])
+    calls, all_drafted, all_accepted = run.statistics
+    return _Run(
+      pair=pair,
+      new=jnp.where(run.done[:, None], run.new, written),
       count=count,
-      done=state.done | jnp.any(stopped, axis=1) | (count >= max_new_tokens),
+      done=run.done | jnp.any(stopped, axis=1) | (count >= max_new_tokens),
       key=key,
-      policy=observe(drafted.policy, lengths, accepted),
-      statistics=statistics,
+      policy=observe(policy, drafted, accepted),
+      statistics=Statistics(
+        calls + (~run.done).astype(jnp.int32),
+        all_drafted + drafted,
+        all_accepted + jnp.where(run.done, 0, accepted),
+      ),
     )
 
-  end = jax.lax.while_loop(lambda state: ~jnp.all(state.done), one_round, start)
+  end = jax.lax.while_loop(lambda run: ~jnp.all(run.done), next_round, start)
   return end.new[:, :max_new_tokens], end.statistics
 
 
@@ -323,35 +391,36 @@ class _Drafted(NamedTuple):
 
 def _draft(
   model: Decoder,
-  state: _Round,
+  pair: Pair,
+  done: Array,
+  policy: Any,
   stop_drafting: Stop,
   max_drafts: int,
   key: Array,
-  sampling: Sampling,
-  prompt_segments: Array,
+  adjusted: Callable[[Array], Array],
 ) -> _Drafted:
   """Drafts until every row has stopped. A row that stopped goes on, and its tokens are not meant."""
-  batch, vocab = len(state.done), model.config.vocab_size
+  batch, vocab = len(done), model.config.vocab_size
 
   def propose(i, hidden, stopped, policy, tokens, logits):
     """One token from the hidden state of the one before it."""
-    adjusted = adjust(model.logits(hidden), sampling)
-    token = jax.random.categorical(jax.random.fold_in(key, i), adjusted).astype(jnp.int32)
-    policy, stop = stop_drafting(policy, Draft(i + 1, token, adjusted, hidden))
-    return token, stopped | stop, policy, tokens.at[:, i].set(token), logits.at[:, i].set(adjusted)
+    chosen_from = adjusted(model.logits(hidden))
+    token = categorical(fold_in(key, i), chosen_from)
+    policy, stop = stop_drafting(policy, Draft(i + 1, token, chosen_from, hidden))
+    tokens, logits = tokens.at[:, i].set(token), logits.at[:, i].set(chosen_from)
+    return token, stopped | stop, policy, tokens, logits
 
   # After a round whose drafts were all accepted the draft's cache lacks the last of them: the first
   # pass reads two tokens, of which the first is mostly there already and is written again.
-  cache = roll_back(state.draft, state.draft.length - 1)
-  segments = jnp.ones((batch, 2), jnp.int32)
-  # A prompt of one token has padding before it.
-  alone = (state.count == 0) & (prompt_segments[:, -2] == 0)
-  segments = segments.at[:, 0].set(jnp.where(alone, 0, 1))
-  positions = jnp.maximum(state.positions[:, None] + jnp.array([-1, 0]), 0)
-  hidden, cache = _hidden(model, state.last, positions, segments, cache)
+  cache = roll_back(pair.draft, pair.draft.length - 1)
+  # A text of one token has padding before it.
+  alone = pair.positions == 0
+  segments = jnp.ones((batch, 2), jnp.int32).at[:, 0].set(jnp.where(alone, 0, 1))
+  positions = jnp.maximum(pair.positions[:, None] + jnp.array([-1, 0]), 0)
+  hidden, cache = _hidden(model, pair.last, positions, segments, cache)
   tokens = jnp.zeros((batch, max_drafts), jnp.int32)
   logits = jnp.zeros((batch, max_drafts, vocab), jnp.float32)
-  first = propose(0, hidden, state.done, state.policy, tokens, logits)
+  first = propose(0, hidden, done, policy, tokens, logits)
 
   def unfinished(loop):
     i, (_, stopped, *_), _, _ = loop
@@ -360,7 +429,7 @@ def _draft(
   def step(loop):
     i, (token, stopped, policy, tokens, logits), lengths, cache = loop
     segments = (~stopped).astype(jnp.int32)[:, None]
-    positions = (state.positions + i)[:, None]
+    positions = (pair.positions + i)[:, None]
     hidden, cache = _hidden(model, token[:, None], positions, segments, cache)
     lengths = jnp.where(stopped, lengths, i + 1)
     proposed = propose(i, hidden, stopped, policy, tokens, logits)
@@ -381,3 +450,17 @@ def _hidden(model, tokens, positions, segments, cache) -> tuple[Array, KVCache]:
 
 def _pad(tokens: Array) -> Array:
   return jnp.pad(tokens, ((0, 0), (0, 1)))
+
+
+def _split(key: Array) -> tuple[Array, Array]:
+  if key.ndim:
+    pairs = jax.vmap(jax.random.split)(key)
+    return pairs[:, 0], pairs[:, 1]
+  first, second = jax.random.split(key)
+  return first, second
+
+
+def _uniform(key: Array, shape: tuple[int, int]) -> Array:
+  if key.ndim:
+    return jax.vmap(lambda k: jax.random.uniform(k, shape[1:]))(key)
+  return jax.random.uniform(key, shape)

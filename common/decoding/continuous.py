@@ -1,0 +1,304 @@
+"""Continuous batching: the rows of one batch start and end at different times (Orca, Yu et al. 2022).
+
+The batch has a fixed number of slots, each a row of the KV cache with a length, a last token and a
+sampling of its own. New prompts are read packed, several in a row (`prefill`), and moved into free
+slots (`insert`); then all slots go on together, a few tokens (`decode`) or a round of drafts
+(`speculate`) at a time. Shapes never change, so that each function compiles once; which request is
+in which slot is known to the host alone.
+
+As in prepacked prefill, the last token of a text is never in the cache: it opens the next step.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from common.decoding.cache import roll_back, unpack
+from common.decoding.generation import RowSampling, adjust_rows, categorical, fold_in
+from common.decoding.speculative import Pair, Stop, one_round
+from common.models.decoder import Decoder, KVCache
+
+Array = jax.Array
+
+# Slot 0 of every row stays empty: a draft model reads the last two tokens again, and a text of one
+# token has none before it.
+FIRST_SLOT = 1
+
+
+class Slots(NamedTuple):
+  """The batch between two steps.
+
+  Attributes:
+    pair: caches, last two tokens and position of each row; without a draft model its cache is None.
+    keys: [slots], constant over a request: its randomness depends on the position alone, and so not
+      on what else is in the batch.
+    sampling: of each row.
+  """
+
+  pair: Pair
+  keys: Array
+  sampling: RowSampling
+
+
+class Prompts(NamedTuple):
+  """New prompts, packed without their last tokens.
+
+  Attributes:
+    tokens, positions, segment_ids: int32 [rows, width]; segment 0 is padding, and positions start
+      at 0 in every prompt.
+    rows, segments, lengths: int32 [prompts], where each prompt is; a length is that of what is
+      packed, one less than the prompt's. A row of the arrays may stand for no prompt.
+  """
+
+  tokens: Array
+  positions: Array
+  segment_ids: Array
+  rows: Array
+  segments: Array
+  lengths: Array
+
+
+class NewTokens(NamedTuple):
+  """What a step gave.
+
+  Attributes:
+    tokens: int32 [slots, n], of which the first `counts` are meant.
+    counts: int32 [slots]; 0 for rows that take no part.
+    log_probs: of the tokens under the model's own distribution, before any adjustment, float32
+      [slots, n].
+    top_tokens, top_log_probs: the most likely ones, int32 and float32 [slots, n, top].
+    accepted: int32 [slots], drafts among the tokens.
+    drafted: int32 [slots].
+    all_log_probs: of the whole vocabulary after temperature, before the bias, for the first token;
+      float32 [slots, vocab].
+  """
+
+  tokens: Array
+  counts: Array
+  log_probs: Array
+  top_tokens: Array
+  top_log_probs: Array
+  accepted: Array
+  drafted: Array
+  all_log_probs: Array
+
+
+def empty_slots(model: Decoder, count: int, max_length: int, draft: Decoder | None = None) -> Slots:
+  """Slots with room for texts of `max_length` tokens, written over by one step more."""
+
+  def cache(model):
+    dtype = model.embed_tokens.embedding.dtype
+    empty = KVCache.empty(model.config, count, FIRST_SLOT + max_length, dtype)
+    return roll_back(empty, jnp.full(count, FIRST_SLOT, jnp.int32))
+
+  return Slots(
+    pair=Pair(
+      target=cache(model),
+      draft=None if draft is None else cache(draft),
+      last=jnp.zeros((count, 2), jnp.int32),
+      positions=jnp.zeros(count, jnp.int32),
+    ),
+    keys=jax.random.split(jax.random.key(0), count),
+    sampling=RowSampling(jnp.zeros(count), jnp.zeros(count, jnp.int32), jnp.ones(count)),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def prefill(graphdef, state, prompts: Prompts, max_length: int) -> KVCache:
+  """Reads packed prompts.
+
+  Args:
+    graphdef, state: of a decoder.
+    prompts: packed.
+    max_length: of one of them, at most the packed width.
+
+  Returns:
+    A cache with a prompt in each row, [prompts, ..., max_length, ...].
+  """
+  model = nnx.merge(graphdef, state)
+  rows, width = prompts.tokens.shape
+  cache = KVCache.empty(model.config, rows, width, model.embed_tokens.embedding.dtype)
+  # Logits are not wanted.
+  _, cache = model.run_blocks(prompts.tokens, prompts.positions, prompts.segment_ids, cache)
+  return unpack(cache, prompts.rows, prompts.segments, prompts.lengths, max_length)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert(
+  slots: Slots,
+  at: Array,
+  target: KVCache,
+  draft: KVCache | None,
+  last: Array,
+  keys: Array,
+  sampling: RowSampling,
+) -> Slots:
+  """Moves prompts that were read into free slots.
+
+  Args:
+    slots: its buffers are taken over.
+    at: int32 [prompts], the slot of each; one that is out of range drops its prompt.
+    target, draft: caches of `prefill`, a prompt each row.
+    last: int32 [prompts, 2], the prompts' last two tokens.
+    keys: [prompts].
+    sampling: [prompts] each.
+  """
+  put = lambda old, new: old.at[at].set(new, mode="drop")
+
+  def put_cache(old: KVCache | None, new: KVCache | None) -> KVCache | None:
+    if old is None or new is None:
+      return None
+    here = slice(FIRST_SLOT, FIRST_SLOT + new.positions.shape[1])
+    put_heads = lambda old, new: old.at[at, :, here].set(new.astype(old.dtype), mode="drop")
+    put_slots = lambda old, new: old.at[at, here].set(new, mode="drop")
+    # What an earlier text left behind the prompt is forgotten.
+    blank = put(old.segment_ids, jnp.zeros((len(at), old.segment_ids.shape[1]), jnp.int32))
+    return KVCache(
+      keys=[put_heads(a, b) for a, b in zip(old.keys, new.keys)],
+      values=[put_heads(a, b) for a, b in zip(old.values, new.values)],
+      positions=put_slots(old.positions, new.positions),
+      segment_ids=put_slots(blank, new.segment_ids),
+      length=put(old.length, FIRST_SLOT + new.length),
+    )
+
+  return Slots(
+    pair=Pair(
+      target=put_cache(slots.pair.target, target),
+      draft=put_cache(slots.pair.draft, draft),
+      last=put(slots.pair.last, last),
+      positions=put(slots.pair.positions, target.length),
+    ),
+    keys=put(slots.keys, keys),
+    sampling=RowSampling(*map(put, slots.sampling, sampling)),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=2)
+def decode(
+  graphdef, state, slots: Slots, active: Array, bias: Array | None, steps: int, top: int
+) -> tuple[Slots, NewTokens]:
+  """Some tokens for every active row.
+
+  Args:
+    graphdef, state: of a decoder.
+    slots: its buffers are taken over.
+    active: bool [slots]; the others stay as they are.
+    bias: float32 [slots, vocab] added to the logits of the sampling; -inf forbids a token. It is
+      for one token: with it `steps` must be 1.
+    steps: tokens of each row.
+    top: most likely tokens to report.
+  """
+  model = nnx.merge(graphdef, state)
+  one = active.astype(jnp.int32)
+
+  def step(slots: Slots, _):
+    pair = slots.pair
+    logits, cache = model(
+      pair.last[:, 1:],
+      positions=pair.positions[:, None],
+      segment_ids=one[:, None],
+      cache=pair.target,
+    )
+    logits = logits[:, 0]
+    biased = logits if bias is None else logits + bias
+    key = fold_in(slots.keys, pair.positions)
+    token = categorical(key, adjust_rows(biased, slots.sampling))
+    last = jnp.stack([pair.last[:, 1], token], axis=1)
+    after = Pair(
+      target=roll_back(cache, pair.target.length + one),
+      draft=pair.draft,
+      last=jnp.where(active[:, None], last, pair.last),
+      positions=pair.positions + one,
+    )
+    tempered = logits / _temperature(slots.sampling)
+    return slots._replace(pair=after), (token, *_scores(logits, token, top), tempered)
+
+  slots, (tokens, log_probs, top_tokens, top_log_probs, tempered) = jax.lax.scan(
+    step, slots, length=steps
+  )
+  by_slot = lambda x: jnp.moveaxis(x, 0, 1)
+  return slots, NewTokens(
+    tokens=by_slot(tokens),
+    counts=one * steps,
+    log_probs=by_slot(log_probs),
+    top_tokens=by_slot(top_tokens),
+    top_log_probs=by_slot(top_log_probs),
+    accepted=jnp.zeros_like(one),
+    drafted=jnp.zeros_like(one),
+    all_log_probs=jax.nn.log_softmax(tempered[0]),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 9, 10, 11), donate_argnums=4)
+def speculate(
+  target_graph,
+  target_state,
+  draft_graph,
+  draft_state,
+  slots: Slots,
+  active: Array,
+  bias: Array | None,
+  limit: Array,
+  policy: Any,
+  stop_drafting: Stop,
+  max_drafts: int,
+  top: int,
+) -> tuple[Slots, NewTokens]:
+  """A round of drafts and its verification for every active row.
+
+  Args:
+    target_graph, target_state, draft_graph, draft_state: the models.
+    slots, active, top: as of `decode`.
+    bias: as of `decode`, added to both models' logits. It is for one token: rows that have one that
+      depends on the text need a limit of 0.
+    limit: int32 [slots], a row's drafts at most.
+    policy, stop_drafting: see `speculative.Policy`; the state is not carried over rounds.
+    max_drafts: at most.
+  """
+
+  def adjusted(logits):
+    if bias is not None:
+      logits = logits + bias.reshape(len(bias), *(1,) * (logits.ndim - 2), -1)
+    return adjust_rows(logits, slots.sampling)
+
+  key = fold_in(slots.keys, slots.pair.positions)
+  pair, emitted, _ = one_round(
+    nnx.merge(target_graph, target_state),
+    nnx.merge(draft_graph, draft_state),
+    slots.pair,
+    ~active,
+    (fold_in(key, 0), fold_in(key, 1)),
+    policy,
+    stop_drafting,
+    max_drafts,
+    adjusted,
+    limit,
+  )
+  log_probs, top_tokens, top_log_probs = _scores(emitted.logits, emitted.tokens, top)
+  tempered = emitted.logits[:, 0] / _temperature(slots.sampling)
+  return slots._replace(pair=pair), NewTokens(
+    tokens=emitted.tokens,
+    counts=jnp.where(active, emitted.accepted + 1, 0),
+    log_probs=log_probs,
+    top_tokens=top_tokens,
+    top_log_probs=top_log_probs,
+    accepted=jnp.where(active, emitted.accepted, 0),
+    drafted=emitted.drafted,
+    all_log_probs=jax.nn.log_softmax(tempered),
+  )
+
+
+def _temperature(sampling: RowSampling) -> Array:
+  """[slots, 1]; of a greedy row that of the model itself."""
+  return jnp.where(sampling.temperature == 0, 1.0, sampling.temperature)[:, None]
+
+
+def _scores(logits: Array, tokens: Array, top: int) -> tuple[Array, Array, Array]:
+  """Log-probabilities of the tokens [...], and of the `top` most likely ones [..., top]."""
+  logs = jax.nn.log_softmax(logits)
+  chosen = jnp.take_along_axis(logs, tokens[..., None], axis=-1)[..., 0]
+  top_log_probs, top_tokens = jax.lax.top_k(logs, top)
+  return chosen, top_tokens.astype(jnp.int32), top_log_probs

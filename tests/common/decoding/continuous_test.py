@@ -1,0 +1,168 @@
+"""Continuous batching: every request's text is the one that it gets alone, whatever else is there."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from common.decoding import continuous
+from common.decoding.continuous import FIRST_SLOT, Prompts, empty_slots
+from common.decoding.generation import RowSampling, Sampling, adjust, adjust_rows, generate
+from common.decoding.speculative import constant
+from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LENGTH, WIDTH, SLOTS, DRAFTS = 48, 16, 4, 3
+PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [4, 4], [3, 1, 4, 1, 5]]
+
+
+@pytest.fixture(scope="module", params=("llama", "opt"))  # Rotary and learned positions.
+def models(request):
+  config = dataclasses.replace(ARCHITECTURES[request.param], vocab_size=64)
+  small = dataclasses.replace(config, num_layers=1)
+  return random_decoder(config), random_decoder(small, seed=1)
+
+
+def pack(prompts):
+  """All but the last tokens, as many as fit, in rows of WIDTH."""
+  tokens, positions, segment_ids = (np.zeros((2, WIDTH), np.int32) for _ in range(3))
+  where, row, end = [], 0, 0
+  for prompt in prompts:
+    size = len(prompt) - 1
+    row, end = (row, end) if end + size <= WIDTH else (row + 1, 0)
+    segment = segment_ids[row].max() + 1
+    tokens[row, end : end + size] = prompt[:-1]
+    positions[row, end : end + size] = np.arange(size)
+    segment_ids[row, end : end + size] = segment
+    where.append((row, segment, size))
+    end += size
+  return Prompts(tokens, positions, segment_ids, *np.array(where, np.int32).T)
+
+
+GREEDY = Sampling()
+
+
+def rows(count, sampling=GREEDY):
+  full = lambda value, dtype: jnp.full(count, value, dtype)
+  return RowSampling(
+    full(sampling.temperature, jnp.float32),
+    full(sampling.top_k, jnp.int32),
+    full(sampling.top_p, jnp.float32),
+  )
+
+
+def insert(slots, models, prompts, at, seeds=None, sampling=GREEDY):
+  """Reads prompts and puts them into the slots `at`."""
+  packed = pack(prompts)
+  caches = [continuous.prefill(*nnx.split(m), packed, WIDTH) for m in models]
+  last = jnp.array([([0] + prompt)[-2:] for prompt in prompts], jnp.int32)
+  keys = jax.vmap(jax.random.key)(jnp.array(seeds or [0] * len(prompts)))
+  draft = caches[1] if slots.pair.draft is not None else None
+  return continuous.insert(
+    slots, jnp.array(at), caches[0], draft, last, keys, rows(len(prompts), sampling)
+  )
+
+
+def run(slots, models, wanted, active, with_draft):
+  """Steps until every active row has `wanted` tokens."""
+  target, draft = models
+  texts = {row: [] for row in np.flatnonzero(active)}
+  while any(len(text) < wanted for text in texts.values()):
+    if with_draft:
+      policy = constant(2)
+      slots, new = continuous.speculate(
+        *nnx.split(target),
+        *nnx.split(draft),
+        slots,
+        jnp.array(active),
+        None,
+        # A row may be held to fewer drafts, or to none.
+        jnp.arange(SLOTS),
+        policy.state,
+        policy.stop,
+        DRAFTS,
+        0,
+      )
+    else:
+      slots, new = continuous.decode(*nnx.split(target), slots, jnp.array(active), None, 2, 0)
+    for row, text in texts.items():
+      text += np.asarray(new.tokens)[row, : new.counts[row]].tolist()
+    assert not any(new.counts[row] for row in range(SLOTS) if row not in texts)
+  return slots, {row: text[:wanted] for row, text in texts.items()}
+
+
+@pytest.mark.parametrize("with_draft", (False, True))
+def test_texts_do_not_depend_on_the_batch(models, with_draft):
+  expected = generate(models[0], PROMPTS, max_new_tokens=16)
+  slots = empty_slots(models[0], SLOTS, LENGTH, models[1] if with_draft else None)
+  slots = insert(slots, models, PROMPTS[:3], [2, 0, 3])
+  slots, texts = run(slots, models, 6, [True, False, True, True], with_draft)
+  assert texts == {2: expected[0][:6], 0: expected[1][:6], 3: expected[2][:6]}
+  # One row ends, two prompts come: a third one has no slot and is dropped.
+  slots = insert(slots, models, [PROMPTS[3], PROMPTS[4], PROMPTS[0]], [1, 2, SLOTS])
+  slots, texts = run(slots, models, 6, [False, True, True, False], with_draft)
+  assert texts == {1: expected[3][:6], 2: expected[4][:6]}
+  # The rows that waited go on where they were.
+  found = slots.pair.last[0, 1], slots.pair.target.length[0] - FIRST_SLOT
+  text = [*PROMPTS[1], *expected[1]]
+  assert text[int(found[1])] == found[0]
+
+
+def test_sampled_texts_depend_on_their_seed_alone(models):
+  sampling = Sampling(temperature=1.0, top_k=20)
+  alone = empty_slots(models[0], SLOTS, LENGTH)
+  alone = insert(alone, models, [PROMPTS[0]], [1], [7], sampling)
+  _, first = run(alone, models, 8, [False, True, False, False], False)
+  together = empty_slots(models[0], SLOTS, LENGTH)
+  together = insert(together, models, PROMPTS[:3], [3, 0, 1], [7, 8, 7], sampling)
+  _, second = run(together, models, 8, [True, True, False, True], False)
+  assert first[1] == second[3]
+  assert first[1] != second[0] and first[1] != second[1]
+
+
+def test_a_bias_forbids_tokens_and_scores_are_the_model_s(models):
+  target, draft = models
+  tokens = PROMPTS[2]
+  expected = np.asarray(jax.nn.log_softmax(target(jnp.array([tokens]))[0][0, -1]))
+  order = np.argsort(-expected)
+  bias = np.zeros((SLOTS, 64), np.float32)
+  bias[1, order[:2]] = -np.inf
+  policy = constant(2)
+  for with_draft in (False, True):
+    slots = empty_slots(target, SLOTS, LENGTH, draft if with_draft else None)
+    slots = insert(slots, models, [tokens], [1])
+    active = jnp.arange(SLOTS) == 1
+    if with_draft:
+      limit = jnp.zeros(SLOTS, jnp.int32)
+      args = (slots, active, bias, limit, policy.state, policy.stop, DRAFTS, 3)
+      _, new = continuous.speculate(*nnx.split(target), *nnx.split(draft), *args)
+    else:
+      _, new = continuous.decode(*nnx.split(target), slots, active, bias, 1, 3)
+    assert new.counts.tolist() == [0, 1, 0, 0]
+    assert new.tokens[1, 0] == order[2]
+    np.testing.assert_array_equal(new.top_tokens[1, 0], order[:3])
+    # Two programs round differently.
+    np.testing.assert_allclose(new.top_log_probs[1, 0], expected[order[:3]], atol=1e-4)
+    np.testing.assert_allclose(new.log_probs[1, 0], expected[order[2]], atol=1e-4)
+    np.testing.assert_allclose(new.all_log_probs[1], expected, atol=1e-4)
+
+
+def test_every_row_has_its_own_sampling():
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3, 40)) * 3, jnp.float32)
+  each = [
+    Sampling(),
+    Sampling(1.0),
+    Sampling(0.5, top_k=5),
+    Sampling(1.0, top_p=0.7),
+    Sampling(2.0, top_k=7, top_p=0.5),
+    Sampling(1.0, top_k=100),
+  ]
+  columns = ([s.temperature for s in each], [s.top_k for s in each], [s.top_p for s in each])
+  found = adjust_rows(logits, RowSampling(*map(jnp.array, columns)))
+  expected = jnp.stack([adjust(row, sampling) for row, sampling in zip(logits, each)])
+  # XLA may divide by a constant temperature as by any other: up to rounding.
+  np.testing.assert_allclose(found, expected, rtol=1e-6)
