@@ -1,12 +1,12 @@
 """Continuous batching: the rows of one batch start and end at different times (Orca, Yu et al. 2022).
 
 The batch has a fixed number of slots, each a row of the KV cache with a length, a last token and a
-sampling of its own. New prompts are read packed, several in a row (`prefill`), and moved into free
-slots (`insert`); then all slots go on together, a few tokens (`decode`) or a round of drafts
-(`speculate`) at a time. Shapes never change, so that each function compiles once; which request is
-in which slot is known to the host alone.
+sampling of its own. New prompts are read packed, several in a row, and moved into free slots
+(`admit`); then all slots go on together, a few tokens (`decode`) or a round of drafts (`speculate`)
+at a time. Only the shape of the packed rows changes, so that there are few compilations; which
+request is in which slot is known to the host alone.
 
-As in prepacked prefill, the last token of a text is never in the cache: it opens the next step.
+As in prepacked prefill (`prepacking.py`), the last token of a text is never in the cache: it opens the next step.
 """
 
 import functools
@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.decoding.cache import roll_back, unpack
+from common.decoding.cache import roll_back
 from common.decoding.generation import RowSampling, adjust_rows, categorical, fold_in
+from common.decoding.prepacking import PackedPrompts, read_packed
 from common.decoding.speculative import Pair, Stop, one_round
 from common.models.decoder import Decoder, KVCache
 
@@ -41,24 +42,6 @@ class Slots(NamedTuple):
   pair: Pair
   keys: Array
   sampling: RowSampling
-
-
-class Prompts(NamedTuple):
-  """New prompts, packed without their last tokens.
-
-  Attributes:
-    tokens, positions, segment_ids: int32 [rows, width]; segment 0 is padding, and positions start
-      at 0 in every prompt.
-    rows, segments, lengths: int32 [prompts], where each prompt is; a length is that of what is
-      packed, one less than the prompt's. A row of the arrays may stand for no prompt.
-  """
-
-  tokens: Array
-  positions: Array
-  segment_ids: Array
-  rows: Array
-  segments: Array
-  lengths: Array
 
 
 class NewTokens(NamedTuple):
@@ -106,73 +89,88 @@ def empty_slots(model: Decoder, count: int, max_length: int, draft: Decoder | No
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def prefill(graphdef, state, prompts: Prompts, max_length: int) -> KVCache:
-  """Reads packed prompts.
+class NewTexts(NamedTuple):
+  """What goes into free slots with its prompts; arrays as long as there are slots, [slots].
 
-  Args:
-    graphdef, state: of a decoder.
-    prompts: packed.
-    max_length: of one of them, at most the packed width.
-
-  Returns:
-    A cache with a prompt in each row, [prompts, ..., max_length, ...].
+  Attributes:
+    at: int32, the slot of each prompt.
+    last: int32 [slots, 2], the prompts' last two tokens.
+    keys: of their randomness.
+    sampling: of each.
   """
-  model = nnx.merge(graphdef, state)
-  rows, width = prompts.tokens.shape
-  cache = KVCache.empty(model.config, rows, width, model.embed_tokens.embedding.dtype)
-  # Logits are not wanted.
-  _, cache = model.run_blocks(prompts.tokens, prompts.positions, prompts.segment_ids, cache)
-  return unpack(cache, prompts.rows, prompts.segments, prompts.lengths, max_length)
+
+  at: Array
+  last: Array
+  keys: Array
+  sampling: RowSampling
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def insert(
+@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=4)
+def admit(
+  target_graph,
+  target_state,
+  draft_graph,
+  draft_state,
   slots: Slots,
-  at: Array,
-  target: KVCache,
-  draft: KVCache | None,
-  last: Array,
-  keys: Array,
-  sampling: RowSampling,
+  packed: PackedPrompts,
+  texts: NewTexts,
+  count: Array,
 ) -> Slots:
-  """Moves prompts that were read into free slots.
+  """Reads packed prompts in one pass, and moves them into free slots.
+
+  It compiles once for a shape of the packed rows, whatever the number of prompts.
 
   Args:
+    target_graph, target_state, draft_graph, draft_state: the models; None without a draft.
     slots: its buffers are taken over.
-    at: int32 [prompts], the slot of each; one that is out of range drops its prompt.
-    target, draft: caches of `prefill`, a prompt each row.
-    last: int32 [prompts, 2], the prompts' last two tokens.
-    keys: [prompts].
-    sampling: [prompts] each.
+    packed: prompts without their last tokens; those that say where each is are as long as `texts`.
+    texts: what belongs to them.
+    count: int32 [], how many of them are meant.
   """
+  starts = jnp.argmax(
+    packed.segment_ids[packed.prompt_rows] == packed.prompt_segments[:, None], axis=1
+  )
+  width = packed.tokens.shape[1]
+  behind = jnp.arange(width)
+
+  def put_cache(graph, state, old: KVCache) -> KVCache:
+    read = read_packed(nnx.merge(graph, state), packed)
+
+    def put(i, old: KVCache) -> KVCache:
+      row, start, at, length = (
+        x[i] for x in (packed.prompt_rows, starts, texts.at, packed.lengths)
+      )
+      # What follows the prompt in its row, or comes round from the front, is not attended to.
+      piece = lambda x: jnp.roll(x[row], -start, axis=-2)[None]
+      write = lambda old, new: jax.lax.dynamic_update_slice(
+        old, piece(new).astype(old.dtype), (at, 0, FIRST_SLOT, 0)
+      )
+      segment_ids = jnp.zeros(old.segment_ids.shape[1], jnp.int32)
+      segment_ids = segment_ids.at[FIRST_SLOT : FIRST_SLOT + width].set(behind < length)
+      here = (at, slice(FIRST_SLOT, FIRST_SLOT + width))
+      return KVCache(
+        keys=[write(*pair) for pair in zip(old.keys, read.keys)],
+        values=[write(*pair) for pair in zip(old.values, read.values)],
+        positions=old.positions.at[here].set(behind),
+        segment_ids=old.segment_ids.at[at].set(segment_ids),
+        length=old.length.at[at].set(FIRST_SLOT + length),
+      )
+
+    return jax.lax.fori_loop(0, count, put, old)
+
+  # Rows that are not meant are out of range.
+  at = jnp.where(jnp.arange(len(texts.at)) < count, texts.at, len(texts.at))
   put = lambda old, new: old.at[at].set(new, mode="drop")
-
-  def put_cache(old: KVCache | None, new: KVCache | None) -> KVCache | None:
-    if old is None or new is None:
-      return None
-    here = slice(FIRST_SLOT, FIRST_SLOT + new.positions.shape[1])
-    put_heads = lambda old, new: old.at[at, :, here].set(new.astype(old.dtype), mode="drop")
-    put_slots = lambda old, new: old.at[at, here].set(new, mode="drop")
-    # What an earlier text left behind the prompt is forgotten.
-    blank = put(old.segment_ids, jnp.zeros((len(at), old.segment_ids.shape[1]), jnp.int32))
-    return KVCache(
-      keys=[put_heads(a, b) for a, b in zip(old.keys, new.keys)],
-      values=[put_heads(a, b) for a, b in zip(old.values, new.values)],
-      positions=put_slots(old.positions, new.positions),
-      segment_ids=put_slots(blank, new.segment_ids),
-      length=put(old.length, FIRST_SLOT + new.length),
-    )
-
+  pair = slots.pair
   return Slots(
     pair=Pair(
-      target=put_cache(slots.pair.target, target),
-      draft=put_cache(slots.pair.draft, draft),
-      last=put(slots.pair.last, last),
-      positions=put(slots.pair.positions, target.length),
+      target=put_cache(target_graph, target_state, pair.target),
+      draft=None if pair.draft is None else put_cache(draft_graph, draft_state, pair.draft),
+      last=put(pair.last, texts.last),
+      positions=put(pair.positions, packed.lengths),
     ),
-    keys=put(slots.keys, keys),
-    sampling=RowSampling(*map(put, slots.sampling, sampling)),
+    keys=put(slots.keys, texts.keys),
+    sampling=RowSampling(*map(put, slots.sampling, texts.sampling)),
   )
 
 

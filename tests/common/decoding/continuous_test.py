@@ -9,14 +9,16 @@ import pytest
 from flax import nnx
 
 from common.decoding import continuous
-from common.decoding.continuous import FIRST_SLOT, Prompts, empty_slots
+from common.decoding.bin_packing import best_fit_decreasing
+from common.decoding.continuous import FIRST_SLOT, NewTexts, empty_slots
 from common.decoding.generation import RowSampling, Sampling, adjust, adjust_rows, generate
+from common.decoding.prepacking import PackedPrompts, pack
 from common.decoding.speculative import constant
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-LENGTH, WIDTH, SLOTS, DRAFTS = 48, 16, 4, 3
+LENGTH, SLOTS, DRAFTS = 48, 4, 3
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [4, 4], [3, 1, 4, 1, 5]]
 
 
@@ -25,22 +27,6 @@ def models(request):
   config = dataclasses.replace(ARCHITECTURES[request.param], vocab_size=64)
   small = dataclasses.replace(config, num_layers=1)
   return random_decoder(config), random_decoder(small, seed=1)
-
-
-def pack(prompts):
-  """All but the last tokens, as many as fit, in rows of WIDTH."""
-  tokens, positions, segment_ids = (np.zeros((2, WIDTH), np.int32) for _ in range(3))
-  where, row, end = [], 0, 0
-  for prompt in prompts:
-    size = len(prompt) - 1
-    row, end = (row, end) if end + size <= WIDTH else (row + 1, 0)
-    segment = segment_ids[row].max() + 1
-    tokens[row, end : end + size] = prompt[:-1]
-    positions[row, end : end + size] = np.arange(size)
-    segment_ids[row, end : end + size] = segment
-    where.append((row, segment, size))
-    end += size
-  return Prompts(tokens, positions, segment_ids, *np.array(where, np.int32).T)
 
 
 GREEDY = Sampling()
@@ -55,15 +41,21 @@ def rows(count, sampling=GREEDY):
   )
 
 
-def insert(slots, models, prompts, at, seeds=None, sampling=GREEDY):
+def admit(slots, models, prompts, at, seeds=None, sampling=GREEDY):
   """Reads prompts and puts them into the slots `at`."""
-  packed = pack(prompts)
-  caches = [continuous.prefill(*nnx.split(m), packed, WIDTH) for m in models]
-  last = jnp.array([([0] + prompt)[-2:] for prompt in prompts], jnp.int32)
-  keys = jax.vmap(jax.random.key)(jnp.array(seeds or [0] * len(prompts)))
-  draft = caches[1] if slots.pair.draft is not None else None
-  return continuous.insert(
-    slots, jnp.array(at), caches[0], draft, last, keys, rows(len(prompts), sampling)
+  lengths = [len(prompt) for prompt in prompts]
+  packed = pack(prompts, best_fit_decreasing(lengths, max(lengths)))
+  fill = lambda x: jnp.pad(jnp.asarray(x), ((0, SLOTS - len(prompts)), (0, 0))[: np.ndim(x)])
+  packed = PackedPrompts(*packed[:3], *map(fill, packed[3:]))
+  texts = NewTexts(
+    at=fill(at),
+    last=fill([([0] + prompt)[-2:] for prompt in prompts]),
+    keys=jax.vmap(jax.random.key)(fill(seeds or [0] * len(prompts))),
+    sampling=rows(SLOTS, sampling),
+  )
+  draft = nnx.split(models[1]) if slots.pair.draft is not None else (None, None)
+  return continuous.admit(
+    *nnx.split(models[0]), *draft, slots, packed, texts, jnp.int32(len(prompts))
   )
 
 
@@ -99,11 +91,11 @@ def run(slots, models, wanted, active, with_draft):
 def test_texts_do_not_depend_on_the_batch(models, with_draft):
   expected = generate(models[0], PROMPTS, max_new_tokens=16)
   slots = empty_slots(models[0], SLOTS, LENGTH, models[1] if with_draft else None)
-  slots = insert(slots, models, PROMPTS[:3], [2, 0, 3])
+  slots = admit(slots, models, PROMPTS[:3], [2, 0, 3])
   slots, texts = run(slots, models, 6, [True, False, True, True], with_draft)
   assert texts == {2: expected[0][:6], 0: expected[1][:6], 3: expected[2][:6]}
-  # One row ends, two prompts come: a third one has no slot and is dropped.
-  slots = insert(slots, models, [PROMPTS[3], PROMPTS[4], PROMPTS[0]], [1, 2, SLOTS])
+  # One row ends, two prompts come.
+  slots = admit(slots, models, [PROMPTS[3], PROMPTS[4]], [1, 2])
   slots, texts = run(slots, models, 6, [False, True, True, False], with_draft)
   assert texts == {1: expected[3][:6], 2: expected[4][:6]}
   # The rows that waited go on where they were.
@@ -115,10 +107,10 @@ def test_texts_do_not_depend_on_the_batch(models, with_draft):
 def test_sampled_texts_depend_on_their_seed_alone(models):
   sampling = Sampling(temperature=1.0, top_k=20)
   alone = empty_slots(models[0], SLOTS, LENGTH)
-  alone = insert(alone, models, [PROMPTS[0]], [1], [7], sampling)
+  alone = admit(alone, models, [PROMPTS[0]], [1], [7], sampling)
   _, first = run(alone, models, 8, [False, True, False, False], False)
   together = empty_slots(models[0], SLOTS, LENGTH)
-  together = insert(together, models, PROMPTS[:3], [3, 0, 1], [7, 8, 7], sampling)
+  together = admit(together, models, PROMPTS[:3], [3, 0, 1], [7, 8, 7], sampling)
   _, second = run(together, models, 8, [True, True, False, True], False)
   assert first[1] == second[3]
   assert first[1] != second[0] and first[1] != second[1]
@@ -134,7 +126,7 @@ def test_a_bias_forbids_tokens_and_scores_are_the_model_s(models):
   policy = constant(2)
   for with_draft in (False, True):
     slots = empty_slots(target, SLOTS, LENGTH, draft if with_draft else None)
-    slots = insert(slots, models, [tokens], [1])
+    slots = admit(slots, models, [tokens], [1])
     active = jnp.arange(SLOTS) == 1
     if with_draft:
       limit = jnp.zeros(SLOTS, jnp.int32)
