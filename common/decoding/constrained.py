@@ -173,7 +173,7 @@ def decode(
     key, sampling: as of `generate`.
 
   Raises:
-    UserError: not one constraint for each prompt.
+    UserError: not one constraint for each prompt, or the model's logits have NaN.
   """
   rows = len(prompts.logits)
   if len(constraints) != rows:
@@ -188,6 +188,8 @@ def decode(
       logits, progress = _step(graphdef, state, progress, chosen.token)
     fetch = functools.cache(functools.partial(np.asarray, chosen.log_p))
     new, new_log_p = np.asarray(chosen.token), np.asarray(chosen.token_log_p)
+    if np.isnan(new_log_p).any():
+      raise UserError("the model's logits have NaN: is its checkpoint damaged?")
     log_p += np.where(ended, 0.0, new_log_p)
     for row in np.flatnonzero(~ended):
       token, constraint = int(new[row]), constraints[row]

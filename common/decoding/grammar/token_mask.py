@@ -151,7 +151,7 @@ class Vocabulary:
 
 
 class TokenMasks:
-  """The tokens that a grammar allows in each state.
+  """The tokens that a grammar allows in each state. Not for several threads at once.
 
   Attributes:
     vocabulary: of the model.

@@ -153,5 +153,10 @@ def test_bad_input_is_a_user_error(model, masks, vocabulary):
     constrained_generate(model, PROMPTS, masks[:1], max_new_tokens=2)
   with pytest.raises(UserError, match="at least one token"):
     constrained_generate(model, [[]], masks[0], max_new_tokens=2)
+  damaged = random_decoder(ARCHITECTURES["llama"])
+  kernel = damaged.lm_head.kernel
+  kernel[...] = kernel[...].at[0, 0].set(jnp.nan)
+  with pytest.raises(UserError, match="logits have NaN"):
+    constrained_generate(damaged, PROMPTS, masks, max_new_tokens=2)
   with pytest.raises(ValueError, match="key"):
     constrained_generate(model, PROMPTS, masks, max_new_tokens=2, sampling=Sampling(1.0))
