@@ -1,0 +1,126 @@
+"""usage: ./run.sh serve --model=DIR [flags]
+
+Serves a model over HTTP, with OpenAI's interface: POST /v1/completions and /v1/chat/completions
+(streams too), GET /v1/models, /health and /metrics (Prometheus). Requests are decoded together, each
+in a slot of one batch; prompts that wait are read packed, in one pass. Point any OpenAI client to
+
+  http://127.0.0.1:8000/v1
+
+  --model=DIR           a Hugging Face checkpoint, full precision or of `./run.sh quantize`; or a
+                        base model (lm-tiny, lm-small)
+  --name=NAME           what clients call it (default: the last part of --model)
+  --draft=DIR           a smaller model with the same tokenizer: speculative decoding
+  --num_drafts=4        tokens that it proposes in a round
+  --slots=8             requests that are decoded at the same time
+  --max_length=1024     tokens of a prompt and its text together
+  --max_queue=256       requests that may wait; more are refused (429)
+  --prefill_tokens=8192 of the prompts that are read in one pass
+  --chat_template=FILE  Jinja template for chats (default: the checkpoint's own)
+  --host=127.0.0.1      address to listen on; others than loopback are open to the network
+  --port=8000           0 takes any free port
+  --grace_seconds=30    that running requests get to end after SIGTERM or Ctrl-C
+
+Besides OpenAI's parameters a request may have `top_k`; `grammar`, EBNF that the text must follow;
+and `grammar_aligned`, which samples a grammar's texts as the model itself would (ASAp) where masks
+distort it. A format or a grammar is checked token by token: such a text takes no drafts, and with one
+in the batch tokens come one at a time.
+"""
+
+import pathlib
+import sys
+
+from absl import flags
+
+from common import cli
+from common.errors import UserError
+
+_MODEL = flags.DEFINE_string("model", None, "checkpoint or base model", required=True)
+_NAME = flags.DEFINE_string("name", None, "what clients call it")
+_DRAFT = flags.DEFINE_string("draft", None, "draft model")
+_NUM_DRAFTS = flags.DEFINE_integer("num_drafts", 4, "tokens of a round", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("slots", 8, "requests at the same time", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "tokens of a text", lower_bound=2)
+_MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "requests that may wait", lower_bound=1)
+_PREFILL_TOKENS = flags.DEFINE_integer("prefill_tokens", 8192, "of a pass", lower_bound=1)
+_CHAT_TEMPLATE = flags.DEFINE_string("chat_template", None, "Jinja template for chats")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on")
+_PORT = flags.DEFINE_integer("port", 8000, "port", lower_bound=0, upper_bound=65535)
+_GRACE_SECONDS = flags.DEFINE_integer("grace_seconds", 30, "to end requests", lower_bound=0)
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+  cli.prepare_jax()
+  import socket
+
+  import uvicorn
+
+  from apps.serving.chat import find_template
+  from apps.serving.constraints import Constraints
+  from apps.serving.engine import Engine
+  from apps.serving.server import Settings, make_app
+  from common.data.tokenizer import eos_id
+  from common.models.base import base_model
+
+  path = pathlib.Path(_MODEL.value).expanduser()
+  template = find_template(path, _CHAT_TEMPLATE.value)
+  # Before the model: an address that is taken is known at once.
+  listener = _listen(_HOST.value, _PORT.value)
+  model = base_model(_MODEL.value)
+  draft = base_model(_DRAFT.value) if _DRAFT.value else None
+  if draft is not None and draft.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+    raise UserError(f"--draft={_DRAFT.value} has another tokenizer than --model={_MODEL.value}")
+  stop = eos_id(model.tokenizer)
+  engine = Engine(
+    model.model,
+    model.tokenizer,
+    slots=_SLOTS.value,
+    max_length=_MAX_LENGTH.value,
+    max_queue=_MAX_QUEUE.value,
+    prefill_tokens=_PREFILL_TOKENS.value,
+    stop_tokens=[] if stop is None else [stop],
+    draft=None if draft is None else draft.model,
+    num_drafts=_NUM_DRAFTS.value,
+  )
+  for done, total in engine.warm_up():
+    print(f"\rcompiling {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
+  settings = Settings(
+    name=_NAME.value or path.name,
+    tokenizer=model.tokenizer,
+    chat_template=template,
+    constrain=Constraints(model.tokenizer, engine.vocab_size),
+    hosts=_LOOPBACK if _HOST.value in _LOOPBACK else (),
+  )
+  server = uvicorn.Server(
+    uvicorn.Config(
+      make_app(engine, settings),
+      log_level="warning",
+      access_log=False,
+      timeout_graceful_shutdown=_GRACE_SECONDS.value,
+    )
+  )
+  host, port = listener.getsockname()[:2]
+  address = f"[{host}]" if listener.family == socket.AF_INET6 else host
+  print(f"{settings.name} is at http://{address}:{port}/v1", flush=True)
+  server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int):
+  """A bound socket. Raises UserError."""
+  import socket
+
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
+  listener = socket.socket(family)
+  listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+  try:
+    listener.bind((host, port))
+  except OSError as error:
+    raise UserError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+  return listener
+
+
+if __name__ == "__main__":
+  cli.run_app(main)

@@ -1,0 +1,485 @@
+"""The engine of the server: a thread that keeps the slots of a batch busy with what is queued.
+
+Between two steps on the device it reads new prompts, packed, into free slots and hands out tokens.
+What clients do (submit, cancel) only changes the queue and flags, under a lock.
+"""
+
+import collections
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+import tokenizers
+from flax import nnx
+
+from apps.serving.text import TextStream
+from common.decoding import continuous
+from common.decoding.bin_packing import best_fit_decreasing
+from common.decoding.constrained import Constraint
+from common.decoding.continuous import NewTexts, NewTokens, empty_slots
+from common.decoding.generation import RowSampling, Sampling
+from common.decoding.prepacking import PackedPrompts, pack
+from common.decoding.speculative import Policy, constant
+from common.errors import UserError
+from common.models.decoder import Decoder
+
+_WIDTHS = tuple(32 * 4**i for i in range(10))
+TOP = 20  # Most likely tokens that a request may ask for.
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+  """One text to generate.
+
+  Attributes:
+    prompt: token ids, at least one.
+    max_new_tokens: tokens at most.
+    sampling: how they are chosen.
+    seed: from 0 to 2^32 - 1; the same seed, prompt and sampling give the same text (on the same
+      machine).
+    stop: strings that end the text and are no part of it.
+    bias: by token, added to its logit.
+    constraint: of the text, or None.
+    finish: is called when the constrained text has ended, with whether it is complete; not if it was
+      cancelled.
+    top: most likely tokens to report beside each token.
+    emit: is called in the engine's thread with every `Piece` and at last one `End`.
+  """
+
+  prompt: Sequence[int]
+  max_new_tokens: int
+  emit: Callable[["Piece | End"], None]
+  sampling: Sampling = Sampling()
+  seed: int = 0
+  stop: Sequence[str] = ()
+  bias: dict[int, float] = dataclasses.field(default_factory=dict)
+  constraint: Constraint | None = None
+  finish: Callable[[bool], None] | None = None
+  top: int = 0
+
+
+class Score(NamedTuple):
+  """A token, its log-probability under the model, and the most likely tokens there."""
+
+  token: int
+  log_prob: float
+  top: list[tuple[int, float]]
+
+
+class Piece(NamedTuple):
+  """Text that is certain, which may be "", and the token that came with it."""
+
+  text: str
+  score: Score
+
+
+class End(NamedTuple):
+  """The last text, and why it ended; `message` only of an error."""
+
+  text: str
+  reason: Literal["stop", "length", "cancelled", "error"]
+  message: str = ""
+
+
+class Busy(Exception):
+  """The queue is full, or the engine is shutting down."""
+
+
+@dataclasses.dataclass
+class Counts:
+  """What happened since the start."""
+
+  prompt_tokens: int = 0
+  prefill_slots: int = 0
+  new_tokens: int = 0
+  steps: int = 0
+  occupied_slots: int = 0  # Summed over the steps.
+  drafted: int = 0
+  accepted: int = 0
+  stop: int = 0
+  length: int = 0
+  cancelled: int = 0
+  error: int = 0
+
+
+class _Row:
+  """A job in a slot."""
+
+  def __init__(self, job: Job, text: TextStream):
+    self.job, self.text, self.count = job, text, 0
+
+
+class Engine:
+  """Generates for many clients at once."""
+
+  def __init__(
+    self,
+    model: Decoder,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    slots: int,
+    max_length: int,
+    max_queue: int,
+    stop_tokens: Sequence[int],
+    prefill_tokens: int = 8192,
+    chunk: int = 4,
+    draft: Decoder | None = None,
+    num_drafts: int = 4,
+    policy: Policy | None = None,
+  ):
+    """Allocates the caches.
+
+    Args:
+      model: a decoder, quantized or not.
+      tokenizer: the model's.
+      slots: texts that are generated at the same time.
+      max_length: tokens of a prompt and its text together, at most.
+      max_queue: jobs that may wait for a slot.
+      stop_tokens: each ends a text.
+      prefill_tokens: slots of the packed rows that are read in one pass, unless one row has more.
+      chunk: tokens of a row between two looks at the queue.
+      draft: makes every step a speculative one.
+      num_drafts: tokens that it proposes at most.
+      policy: when a round of drafts ends; by default after `num_drafts`.
+
+    Raises:
+      UserError: a draft model with another vocabulary, or lengths that the model has no room for.
+    """
+    config = model.config
+    if draft is not None and draft.config.vocab_size != config.vocab_size:
+      raise UserError(
+        f"the draft model has {draft.config.vocab_size} tokens, the model {config.vocab_size}; "
+        "speculative decoding needs one vocabulary"
+      )
+    # A step may write so much beyond the last token that is wanted.
+    slack = chunk if draft is None else num_drafts + 1
+    for one in (model, draft):
+      if one is None or one.config.position != "learned":
+        continue
+      if max_length + slack > one.config.max_position_embeddings:
+        raise UserError(
+          f"max_length={max_length} and {slack} more need {max_length + slack} positions; the model "
+          f"has {one.config.max_position_embeddings}: lower max_length"
+        )
+    self.max_length, self.vocab_size = max_length, config.vocab_size
+    self.counts, self.slots = Counts(), slots
+    self._model, self._draft = nnx.split(model), draft if draft is None else nnx.split(draft)
+    self._policy = policy or constant(num_drafts)
+    self._num_drafts, self._chunk, self._max_queue = num_drafts, chunk, max_queue
+    self._prefill_tokens = prefill_tokens
+    # Few widths of packed rows, so that few programs are compiled.
+    self._widths = [width for width in _WIDTHS if width < max_length] + [max_length]
+    self._tokenizer, self._stop_tokens = tokenizer, frozenset(stop_tokens)
+    self._state = empty_slots(model, slots, max_length + slack, draft)
+    self.cache_bytes = sum(
+      leaf.nbytes for leaf in jax.tree.leaves((self._state.pair.target, self._state.pair.draft))
+    )
+    self._rows: list[_Row | None] = [None] * slots
+    self._queue: collections.deque[Job] = collections.deque()
+    self._cancelled: set[Job] = set()
+    self._changed = threading.Condition()
+    self._closing = self._failed = False
+    self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+  def warm_up(self) -> Iterator[tuple[int, int]]:
+    """Compiles what requests will need, before the start; yields (programs so far, all)."""
+    shapes = [
+      (1 << i, width)
+      for width in self._widths
+      for i in range(self._rows_of_pass(width).bit_length())
+    ]
+    nothing, no_row = pack([[0]], [[0]]), np.zeros(self.slots, bool)
+    for i, (rows, width) in enumerate(shapes):
+      self._admit(nothing, rows, width, [], [])
+      yield i + 1, len(shapes) + 1
+    jax.block_until_ready(self._advance(no_row, None, 0, no_row.astype(np.int32)))
+    yield len(shapes) + 1, len(shapes) + 1
+
+  def start(self) -> None:
+    """Starts the thread."""
+    self._thread.start()
+
+  def submit(self, *jobs: Job) -> None:
+    """Queues all of the jobs or none.
+
+    Raises:
+      UserError: a prompt has no token, or one that the model lacks, or is too long.
+      Busy: the queue is full, or the engine closes.
+    """
+    for job in jobs:
+      if not len(job.prompt):
+        raise UserError("the prompt has no token: expected at least one")
+      if min(job.prompt) < 0 or max(job.prompt) >= self.vocab_size:
+        raise UserError(f"prompt tokens must be 0 to {self.vocab_size - 1}")
+      if len(job.prompt) + job.max_new_tokens > self.max_length:
+        raise UserError(
+          f"the prompt has {len(job.prompt)} tokens and {job.max_new_tokens} new ones are wanted; "
+          f"together they may be {self.max_length}: shorten the prompt or lower max_tokens"
+        )
+    with self._changed:
+      if self._closing or self._failed:
+        raise Busy("the server is shutting down")
+      if len(self._queue) + len(jobs) > self._max_queue:
+        raise Busy(f"{len(self._queue)} requests are waiting already; try again later")
+      self._queue.extend(jobs)
+      self._changed.notify()
+
+  def cancel(self, *jobs: Job) -> None:
+    """Frees the jobs' slots or takes them out of the queue; each that goes on ends "cancelled"."""
+    with self._changed:
+      self._cancelled |= set(jobs)
+      self._changed.notify()
+
+  def close(self) -> None:
+    """Cancels what is left and ends the thread."""
+    with self._changed:
+      self._closing = True
+      self._cancelled |= set(self._queue)
+      self._cancelled |= {row.job for row in self._rows if row is not None}
+      self._changed.notify()
+    if self._thread.is_alive():
+      self._thread.join()
+
+  @property
+  def healthy(self) -> bool:
+    """Whether requests are taken."""
+    return self._thread.is_alive() and not (self._closing or self._failed)
+
+  @property
+  def queued(self) -> int:
+    """Jobs that wait for a slot."""
+    return len(self._queue)
+
+  @property
+  def active(self) -> int:
+    """Slots that are taken."""
+    return sum(row is not None for row in self._rows)
+
+  def _run(self) -> None:
+    while True:
+      with self._changed:
+        idle = lambda: not (self._queue or self._cancelled or self.active or self._closing)
+        while idle():
+          self._changed.wait()
+        self._drop_cancelled()
+        if self._closing and not self.active and not self._queue:
+          return
+        free = [slot for slot, row in enumerate(self._rows) if row is None]
+        jobs = self._next_jobs(len(free))
+        for slot, job in zip(free, jobs):
+          self._rows[slot] = _Row(job, TextStream(self._tokenizer, job.prompt, job.stop))
+      try:
+        if jobs:
+          self._read(jobs, free[: len(jobs)])
+        if self.active:
+          self._step()
+      except Exception as error:  # The device's state is lost: nothing can go on.
+        logging.exception("the engine failed")
+        self._fail(error)
+        return
+
+  def _next_jobs(self, free: int) -> list[Job]:
+    """Takes jobs for the free slots from the queue, as many as one pass reads."""
+    jobs = []
+    while self._queue and len(jobs) < free:
+      more = [*jobs, self._queue[0]]
+      width = self._width(more)
+      if jobs and len(_bins(more, width)) > self._rows_of_pass(width):
+        break
+      jobs = more
+      self._queue.popleft()
+    return jobs
+
+  def _width(self, jobs: list[Job]) -> int:
+    """Slots of a packed row that holds the longest prompt."""
+    longest = max(len(job.prompt) - 1 for job in jobs)
+    return next(width for width in self._widths if width >= longest)
+
+  def _rows_of_pass(self, width: int) -> int:
+    """Packed rows of one pass at most, a power of two."""
+    most = max(1, min(self.slots, self._prefill_tokens // width))
+    return 1 << (most.bit_length() - 1)
+
+  def _drop_cancelled(self) -> None:
+    gone = [job for job in self._queue if job in self._cancelled]
+    for job in gone:
+      self._queue.remove(job)
+      self.counts.cancelled += 1
+      job.emit(End("", "cancelled"))
+    for slot, row in enumerate(self._rows):
+      if row is not None and row.job in self._cancelled:
+        self._end(slot, "cancelled")
+    self._cancelled.clear()
+
+  def _fail(self, error: Exception) -> None:
+    with self._changed:
+      self._failed = True
+      waiting = list(self._queue)
+      self._queue.clear()
+    message = f"the engine failed: {type(error).__name__}"
+    for slot in range(self.slots):
+      if self._rows[slot] is not None:
+        self._end(slot, "error", message)
+    for job in waiting:
+      job.emit(End("", "error", message))
+
+  def _read(self, jobs: list[Job], slots: list[int]) -> None:
+    """Reads prompts in one packed pass, and moves them into their slots."""
+    width = self._width(jobs)
+    bins = _bins(jobs, width)
+    packed = pack([job.prompt for job in jobs], bins)
+    rows = 1 << (len(bins) - 1).bit_length()
+    self._admit(packed, rows, width, jobs, slots)
+    self.counts.prompt_tokens += sum(len(job.prompt) for job in jobs)
+    self.counts.prefill_slots += rows * width
+
+  def _admit(
+    self, packed: PackedPrompts, rows: int, width: int, jobs: list[Job], slots: list[int]
+  ) -> None:
+    wide = lambda x: np.pad(
+      np.asarray(x, np.int32), ((0, self.slots - len(x)), (0, 0))[: np.ndim(x)]
+    )
+    more = ((0, rows - packed.tokens.shape[0]), (0, width - packed.tokens.shape[1]))
+    ids = [np.pad(x, more) for x in (packed.tokens, packed.positions, packed.segment_ids)]
+    last = [([0, *job.prompt])[-2:] for job in jobs]
+    samplings = [job.sampling for job in jobs] + [Sampling()] * (self.slots - len(jobs))
+    texts = NewTexts(
+      at=wide(slots),
+      last=wide(np.array(last, np.int32).reshape(-1, 2)),
+      keys=_keys(wide(np.array([job.seed for job in jobs], np.uint32).view(np.int32))),
+      sampling=RowSampling(
+        np.array([s.temperature for s in samplings], np.float32),
+        np.array([s.top_k for s in samplings], np.int32),
+        np.array([s.top_p for s in samplings], np.float32),
+      ),
+    )
+    self._state = continuous.admit(
+      *self._model,
+      *(self._draft or (None, None)),
+      self._state,
+      PackedPrompts(*ids, *map(wide, packed[3:])),
+      texts,
+      np.int32(len(jobs)),
+    )
+
+  def _step(self) -> None:
+    bias = self._bias()
+    jobs = [None if row is None else row.job for row in self._rows]
+    active = np.array([job is not None for job in jobs])
+    if not active.any():
+      return
+    constrained = np.array([job is not None and job.constraint is not None for job in jobs])
+    top = TOP if any(job is not None and job.top for job in jobs) else 0
+    limit = np.where(constrained, 0, self._num_drafts).astype(np.int32)
+    new = self._advance(active, bias, top, limit)
+    all_log_probs = new.all_log_probs
+    host = jax.device_get(new._replace(all_log_probs=()))
+    self.counts.steps += 1
+    self.counts.occupied_slots += int(active.sum())
+    self.counts.drafted += int(host.drafted.sum())
+    self.counts.accepted += int(host.accepted.sum())
+    for slot in np.flatnonzero(active):
+      self._hand_out(int(slot), host, all_log_probs)
+
+  def _advance(
+    self, active: np.ndarray, bias: np.ndarray | None, top: int, limit: np.ndarray
+  ) -> NewTokens:
+    """A step on the device; `limit` of the drafts of each row."""
+    if self._draft is None:
+      # What is allowed next depends on the token before.
+      steps = 1 if bias is not None else self._chunk
+      self._state, new = continuous.decode(*self._model, self._state, active, bias, steps, top)
+    else:
+      self._state, new = continuous.speculate(
+        *self._model,
+        *self._draft,
+        self._state,
+        active,
+        bias,
+        limit,
+        self._policy.state,
+        self._policy.stop,
+        self._num_drafts,
+        top,
+      )
+    return new
+
+  def _bias(self) -> np.ndarray | None:
+    """float32 [slots, vocab], or None where no row has one. Ends rows that can have no token."""
+    bias = None
+    for slot, row in enumerate(self._rows):
+      if row is None or not (row.job.constraint or row.job.bias):
+        continue
+      if bias is None:
+        bias = np.zeros((self.slots, self.vocab_size), np.float32)
+      if row.job.constraint is not None:
+        try:
+          bias[slot] = _constraint_bias(row.job.constraint, self.vocab_size)
+        except Exception:  # Of one client's grammar: the others go on.
+          logging.exception("a constraint failed")
+          bias[slot] = -np.inf
+      for token, value in row.job.bias.items():
+        bias[slot, token] += value
+      if not np.isfinite(bias[slot]).any():
+        bias[slot] = 0
+        self._end(slot, "error", "no token of the vocabulary continues the text as is asked")
+    return bias
+
+  def _hand_out(self, slot: int, new: NewTokens, all_log_probs: jax.Array) -> None:
+    """Gives a row's new tokens to its client, and ends it where it ends."""
+    row = self._rows[slot]
+    for i in range(new.counts[slot]):
+      token = int(new.tokens[slot, i])
+      row.count += 1
+      self.counts.new_tokens += 1
+      ended = token in self._stop_tokens
+      if row.job.constraint is not None:
+        try:
+          ended |= row.job.constraint.advance(token, lambda: np.asarray(all_log_probs[slot]))
+          if row.job.finish and (ended or row.count == row.job.max_new_tokens):
+            row.job.finish(ended)
+        except Exception:
+          logging.exception("a constraint failed")
+          self._end(slot, "error", "the constraint of the text failed")
+          return
+      if ended:
+        self._end(slot, "stop")
+        return
+      top = zip(new.top_tokens[slot, i].tolist(), new.top_log_probs[slot, i].tolist())
+      score = Score(token, float(new.log_probs[slot, i]), list(top)[: row.job.top])
+      row.job.emit(Piece(row.text.add(token), score))
+      if row.text.stopped:
+        self._end(slot, "stop")
+        return
+      if row.count == row.job.max_new_tokens:
+        self._end(slot, "length")
+        return
+
+  def _end(self, slot: int, reason: str, message: str = "") -> None:
+    row, self._rows[slot] = self._rows[slot], None
+    setattr(self.counts, reason, getattr(self.counts, reason) + 1)
+    row.job.emit(End(row.text.end(), reason, message))
+
+
+def _constraint_bias(constraint: Constraint, vocab_size: int) -> np.ndarray:
+  """float32 [vocab]: -inf for tokens that may not come next, and the weights of others."""
+  allowed = np.unpackbits(constraint.packed_mask(), count=vocab_size)
+  bias = np.where(allowed, np.float32(0), np.float32(-np.inf))
+  tokens, weights = constraint.log_weights()
+  bias[list(tokens)] += np.array(weights, np.float32)
+  return bias
+
+
+def _bins(jobs: list[Job], width: int) -> list[list[int]]:
+  """Prompts without their last tokens, packed into rows."""
+  return best_fit_decreasing([max(len(job.prompt) - 1, 1) for job in jobs], width)
+
+
+@jax.jit
+def _keys(seeds: jax.Array) -> jax.Array:
+  """int32 [slots] -> [slots]."""
+  return jax.vmap(jax.random.key)(seeds)

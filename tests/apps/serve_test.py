@@ -1,0 +1,85 @@
+"""`./run.sh serve` on a small checkpoint, as its users run it."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import openai
+import pytest
+
+from common.checkpoints.huggingface import save_model
+from common.data.tokenizer import load_tokenizer
+from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+  path = tmp_path_factory.mktemp("models") / "llama"
+  save_model(random_decoder(CONFIG), path)
+  load_tokenizer("embedded-512").save(str(path / "tokenizer.json"))
+  (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+  return path
+
+
+@contextlib.contextmanager
+def serve(*flags):
+  process = subprocess.Popen(
+    [sys.executable, "-m", "apps.serve", *flags],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    yield process
+  finally:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    process.stderr.close()
+
+
+def test_a_server_answers_and_ends_what_it_began(checkpoint):
+  flags = (f"--model={checkpoint}", f"--draft={checkpoint}", "--port=0")
+  with serve(*flags, "--slots=2", "--max_length=64", "--num_drafts=2") as process:
+    found = re.fullmatch(r"llama is at (http://127.0.0.1:\d+/v1)\n", process.stdout.readline())
+    assert found, process.stderr.read()
+    with openai.OpenAI(base_url=found[1], api_key="none", max_retries=0) as client:
+      messages = [{"role": "user", "content": "import"}]
+      reply = client.chat.completions.create(model="llama", messages=messages, max_tokens=3)
+      assert reply.choices[0].finish_reason in ("length", "stop")
+      stream = client.completions.create(
+        model="llama", prompt="a", max_tokens=60, stream=True, logit_bias={2: -100}
+      )
+      next(stream)
+      process.send_signal(signal.SIGTERM)
+      # The text goes on to its end.
+      assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    # Uvicorn ends by the signal that it was sent, once all is done.
+    assert process.wait(30) == -signal.SIGTERM
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_flags_that_cannot_be(checkpoint, tmp_path):
+  with socket.socket() as taken:
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = taken.getsockname()[1]
+    for flags, says in (
+      ((f"--model={checkpoint}", f"--port={port}"), "cannot listen on 127.0.0.1"),
+      ((f"--model={checkpoint}", f"--chat_template={tmp_path}/none"), "chat template"),
+    ):
+      with serve(*flags) as process:
+        error = process.stderr.read()
+        assert process.wait(60) == 2
+        assert says in error and "\n" not in error.strip()
