@@ -1,15 +1,44 @@
-"""What a decoding engine does to a KV cache besides appending: roll back, reorder, keep a path."""
+"""What a decoding engine does to a KV cache: append, roll back, reorder, keep a path of a tree.
+
+`append`, `roll_back` and `length_of` are all that step-by-step decoding needs; caches of other kinds
+register theirs (`pruned_cache.py`).
+"""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from common.models.decoder import KVCache
+from common.models.decoder import Decoder, KVCache
 
 Array = jax.Array
 
 
+@functools.singledispatch
+def append(
+  cache: KVCache, model: Decoder, tokens: Array, positions: Array, segment_ids: Array
+) -> tuple[Array, KVCache]:
+  """Runs the blocks over new tokens, which see the cache and are written to it.
+
+  Args:
+    cache: with room for them.
+    model: the decoder.
+    tokens, positions, segment_ids: int32 [batch, seq].
+
+  Returns:
+    The last block's output [batch, seq, dim], which `Decoder.head` takes, and the cache.
+  """
+  return model.run_blocks(tokens, positions, segment_ids, cache)
+
+
+@functools.singledispatch
+def length_of(cache: KVCache) -> Array:
+  """How much of the cache is written, int32 [] or [batch]: what `roll_back` sets."""
+  return cache.length
+
+
+@functools.singledispatch
 def roll_back(cache: KVCache, length: Array) -> KVCache:
   """Forgets what was written from slot `length` on; the next tokens are written there.
 

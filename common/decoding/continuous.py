@@ -9,6 +9,7 @@ request is in which slot is known to the host alone.
 As in prepacked prefill (`prepacking.py`), the last token of a text is never in the cache: it opens the next step.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -16,9 +17,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.decoding.cache import roll_back
+from common.decoding.cache import append, length_of, roll_back
 from common.decoding.generation import RowSampling, adjust_rows, categorical, fold_in
 from common.decoding.prepacking import PackedPrompts, read_packed
+from common.decoding.pruned_cache import (
+  Compression,
+  Observed,
+  PrunedCache,
+  compress,
+  observe,
+  pruned_slots,
+)
 from common.decoding.speculative import Pair, Stop, one_round
 from common.models.decoder import Decoder, KVCache
 
@@ -69,8 +78,31 @@ class NewTokens(NamedTuple):
   all_log_probs: Array
 
 
-def empty_slots(model: Decoder, count: int, max_length: int, draft: Decoder | None = None) -> Slots:
-  """Slots with room for texts of `max_length` tokens, written over by one step more."""
+class Pruning(NamedTuple):
+  """The caches of prompts are made smaller (`pruned_cache.py`), each as it comes. Hashable.
+
+  Attributes:
+    compression: how; without quantization, whose buffer all rows would have to empty at once.
+    prompt_room: tokens of a prompt at most.
+    new_tokens: for which every row has room.
+  """
+
+  compression: Compression
+  prompt_room: int
+  new_tokens: int
+
+
+def empty_slots(
+  model: Decoder,
+  count: int,
+  max_length: int,
+  draft: Decoder | None = None,
+  pruning: Pruning | None = None,
+) -> Slots:
+  """Slots with room for texts of `max_length` tokens, written over by one step more.
+
+  With pruning the model's cache has the room that it says instead.
+  """
 
   def cache(model):
     dtype = model.embed_tokens.embedding.dtype
@@ -79,7 +111,7 @@ def empty_slots(model: Decoder, count: int, max_length: int, draft: Decoder | No
 
   return Slots(
     pair=Pair(
-      target=cache(model),
+      target=cache(model) if pruning is None else _empty_pruned(model, count, pruning),
       draft=None if draft is None else cache(draft),
       last=jnp.zeros((count, 2), jnp.int32),
       positions=jnp.zeros(count, jnp.int32),
@@ -87,6 +119,28 @@ def empty_slots(model: Decoder, count: int, max_length: int, draft: Decoder | No
     keys=jax.random.split(jax.random.key(0), count),
     sampling=RowSampling(jnp.zeros(count), jnp.zeros(count, jnp.int32), jnp.ones(count)),
   )
+
+
+def _empty_pruned(model: Decoder, count: int, pruning: Pruning) -> PrunedCache:
+  graphdef, state = nnx.split(model)
+
+  def one(state):
+    ids = jnp.zeros((count, pruning.prompt_room), jnp.int32)
+    observed = observe(nnx.merge(graphdef, state), ids, ids)
+    return compress(observed, ids, pruning.compression, pruning.new_tokens)
+
+  shapes = jax.eval_shape(one, state)
+  cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+  pruned = pruned_slots(_kept_tokens(pruning), pruning.compression)
+  full = jnp.full(count, _kept_tokens(pruning) - pruned, jnp.int32)
+  return dataclasses.replace(cache, length=jnp.int32(pruned), full_length=full)
+
+
+def _kept_tokens(pruning: Pruning) -> int:
+  """Slots of a prompt that eviction leaves."""
+  compression = pruning.compression
+  evicts = compression.evict is not None and compression.capacity < pruning.prompt_room
+  return compression.capacity if evicts else pruning.prompt_room
 
 
 class NewTexts(NamedTuple):
@@ -105,7 +159,7 @@ class NewTexts(NamedTuple):
   sampling: RowSampling
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2), donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=(0, 2, 8), donate_argnums=4)
 def admit(
   target_graph,
   target_state,
@@ -115,6 +169,7 @@ def admit(
   packed: PackedPrompts,
   texts: NewTexts,
   count: Array,
+  pruning: Pruning | None = None,
 ) -> Slots:
   """Reads packed prompts in one pass, and moves them into free slots.
 
@@ -126,6 +181,7 @@ def admit(
     packed: prompts without their last tokens; those that say where each is are as long as `texts`.
     texts: what belongs to them.
     count: int32 [], how many of them are meant.
+    pruning: of the model's cache, as of `empty_slots`.
   """
   starts = jnp.argmax(
     packed.segment_ids[packed.prompt_rows] == packed.prompt_segments[:, None], axis=1
@@ -158,13 +214,46 @@ def admit(
 
     return jax.lax.fori_loop(0, count, put, old)
 
+  def put_pruned(old: PrunedCache) -> PrunedCache:
+    model = nnx.merge(target_graph, target_state)
+    observed = observe(model, packed.tokens, packed.segment_ids, packed.positions)
+    missing = pruning.prompt_room - width
+
+    def put(i, old: PrunedCache) -> PrunedCache:
+      row, start, at, length = (
+        x[i] for x in (packed.prompt_rows, starts, texts.at, packed.lengths)
+      )
+
+      def at_the_end(x):
+        """A prompt's part of a packed row, padded on the left with what does not count."""
+        wide = jnp.pad(x[row], ((0, 0), (missing, 0), (0, 0)))
+        return jnp.roll(wide, width - start - length, axis=1)[None]
+
+      one = Observed(None, *([at_the_end(x) for x in part] for part in observed[1:]))
+      valid = jnp.arange(pruning.prompt_room) >= pruning.prompt_room - length
+      ids = valid.astype(jnp.int32)[None]
+      new = compress(one, ids, pruning.compression, pruning.new_tokens)
+      write = lambda old, new: old.at[at].set(new[0].astype(old.dtype))
+      fields = ("keys", "values", "channels", "full_keys", "full_values")
+      parts = {f: jax.tree.map(write, getattr(old, f), getattr(new, f)) for f in fields}
+      return dataclasses.replace(
+        old,
+        **parts,
+        starts=write(old.starts, new.starts),
+        full_length=old.full_length.at[at].set(new.full_length),
+      )
+
+    return jax.lax.fori_loop(0, count, put, old)
+
   # Rows that are not meant are out of range.
   at = jnp.where(jnp.arange(len(texts.at)) < count, texts.at, len(texts.at))
   put = lambda old, new: old.at[at].set(new, mode="drop")
   pair = slots.pair
   return Slots(
     pair=Pair(
-      target=put_cache(target_graph, target_state, pair.target),
+      target=put_pruned(pair.target)
+      if pruning is not None
+      else put_cache(target_graph, target_state, pair.target),
       draft=None if pair.draft is None else put_cache(draft_graph, draft_state, pair.draft),
       last=put(pair.last, texts.last),
       positions=put(pair.positions, packed.lengths),
@@ -194,19 +283,14 @@ def decode(
 
   def step(slots: Slots, _):
     pair = slots.pair
-    logits, cache = model(
-      pair.last[:, 1:],
-      positions=pair.positions[:, None],
-      segment_ids=one[:, None],
-      cache=pair.target,
-    )
-    logits = logits[:, 0]
+    x, cache = append(pair.target, model, pair.last[:, 1:], pair.positions[:, None], one[:, None])
+    logits = model.head(x)[:, 0]
     biased = logits if bias is None else logits + bias
     key = fold_in(slots.keys, pair.positions)
     token = categorical(key, adjust_rows(biased, slots.sampling))
     last = jnp.stack([pair.last[:, 1], token], axis=1)
     after = Pair(
-      target=roll_back(cache, pair.target.length + one),
+      target=roll_back(cache, length_of(pair.target) + one),
       draft=pair.draft,
       last=jnp.where(active[:, None], last, pair.last),
       positions=pair.positions + one,

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from common.decoding.cache import append, length_of, roll_back
 from common.decoding.eviction import Eviction, keep_slots_of, take_slots
 from common.decoding.generation import is_stop, prepare, until_stop
 from common.decoding.quantized_cache import (
@@ -112,7 +113,8 @@ class PrunedCache:
     channels: per block int32 [batch, kv_heads, kept], ascending: those that the keys have.
     full_keys, full_values: per block, the full part [batch, kv_heads, full_slots, head_dim].
     starts: int32 [batch], slots of padding, counted from the first of the pruned part on.
-    length, full_length: int32 [], slots written of either part.
+    length: int32 [], slots written of the pruned part.
+    full_length: of the full part, int32 []; or [batch], where rows differ in it.
   """
 
   keys: list[Array | PackedGroups]
@@ -152,12 +154,16 @@ class Observed(NamedTuple):
   values: list[Array]
 
 
-def observe(model: Decoder, tokens: Array, segment_ids: Array) -> Observed:
+def observe(
+  model: Decoder, tokens: Array, segment_ids: Array, positions: Array | None = None
+) -> Observed:
   """Runs the blocks over prompts with all keys, and keeps queries, keys and values.
 
   Args:
-    tokens, segment_ids: int32 [batch, seq], padded on the left.
+    tokens, segment_ids: int32 [batch, seq], padded on the left; or packed, with their positions.
+    positions: int32 [batch, seq]; by default those of a prompt that is padded on the left.
   """
+  positions = positions_of(segment_ids) if positions is None else positions
   seen = []
 
   def observed_attention(query, key, value, **options):
@@ -165,7 +171,7 @@ def observe(model: Decoder, tokens: Array, segment_ids: Array) -> Observed:
     return attention(query, key, value, **options)
 
   x, _ = _with_attention(model, [observed_attention] * len(model.blocks)).run_blocks(
-    tokens, positions_of(segment_ids), segment_ids
+    tokens, positions, segment_ids
   )
   return Observed(x, *(list(part) for part in zip(*seen)))
 
@@ -324,8 +330,9 @@ def run_pruned(
   old, new = jnp.arange(slots), jnp.arange(full_slots)
   seen = (old >= cache.starts[:, None]) & (old < cache.length)
   seen = jnp.broadcast_to(seen[:, None], (len(tokens), seq, slots))
-  written = new <= (cache.full_length + jnp.arange(seq))[:, None]
-  written = written & (new + cache.length >= cache.starts[:, None])[:, None]
+  last = cache.full_length[..., None] + jnp.arange(seq)
+  written = new <= jnp.broadcast_to(last, tokens.shape)[..., None]
+  written &= (new + cache.length >= cache.starts[:, None])[:, None]
   allowed = jnp.concatenate([seen, written], axis=-1)
   updated = []
 
@@ -355,6 +362,23 @@ def run_pruned(
     cache, full_keys=full_keys, full_values=full_values, full_length=cache.full_length + seq
   )
   return x, cache
+
+
+@append.register
+def _(cache: PrunedCache, model, tokens, positions, segment_ids):
+  # Padding is at the end, where no token sees it, and is rolled back.
+  del segment_ids
+  return run_pruned(model, tokens, positions, cache)
+
+
+@roll_back.register
+def _(cache: PrunedCache, length):
+  return dataclasses.replace(cache, full_length=length)
+
+
+@length_of.register
+def _(cache: PrunedCache):
+  return cache.full_length
 
 
 def flush(cache: PrunedCache) -> PrunedCache:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.decoding.cache import roll_back
+from common.decoding.cache import append, length_of, roll_back
 from common.decoding.generation import (
   Sampling,
   adjust,
@@ -193,12 +193,13 @@ class Pair(NamedTuple):
   """Both models between two rounds.
 
   Attributes:
-    target, draft: caches of all tokens but the last; the draft's may lack one more.
+    target: cache of all tokens but the last.
+    draft: a `KVCache` of the same, which may lack one more.
     last: int32 [batch, 2], the last two tokens, neither of which the draft's pass relies on.
     positions: int32 [batch], of the last token.
   """
 
-  target: KVCache
+  target: Any
   draft: KVCache
   last: Array
   positions: Array
@@ -255,12 +256,10 @@ def one_round(
   column = jnp.arange(max_drafts + 1)
   # A row's unused drafts are padding.
   used = (column <= lengths[:, None]) & ~done[:, None]
-  logits, cache = target(
-    jnp.concatenate([pair.last[:, 1:], drafted.tokens], axis=1),
-    positions=pair.positions[:, None] + column,
-    segment_ids=used.astype(jnp.int32),
-    cache=pair.target,
-  )
+  tokens = jnp.concatenate([pair.last[:, 1:], drafted.tokens], axis=1)
+  positions = pair.positions[:, None] + column
+  x, cache = append(pair.target, target, tokens, positions, used.astype(jnp.int32))
+  logits = target.head(x)
   accepted, token = verify(drafted.tokens, drafted.logits, adjusted(logits), lengths, verify_key)
   emitted = jnp.where(column == accepted[:, None], token[:, None], _pad(drafted.tokens))
   grown = jnp.where(done, 0, accepted + 1)
@@ -268,10 +267,9 @@ def one_round(
     jnp.concatenate([pair.last[:, 1:], emitted], axis=1), accepted[:, None], axis=1
   )
   last = jnp.concatenate([before, token[:, None]], axis=1)
-  row_length = pair.target.length + grown
   after = Pair(
-    target=roll_back(cache, row_length),
-    draft=roll_back(drafted.cache, row_length),
+    target=roll_back(cache, length_of(pair.target) + grown),
+    draft=roll_back(drafted.cache, pair.draft.length + grown),
     last=jnp.where(done[:, None], pair.last, last),
     positions=pair.positions + grown,
   )

@@ -13,7 +13,9 @@ from common.decoding.bin_packing import best_fit_decreasing
 from common.decoding.continuous import FIRST_SLOT, NewTexts, empty_slots
 from common.decoding.generation import RowSampling, Sampling, adjust, adjust_rows, generate
 from common.decoding.prepacking import PackedPrompts, pack
+from common.decoding.pruned_cache import Compression, compress, observe, run_pruned
 from common.decoding.speculative import constant
+from projects.think.think import query_driven_scores
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -41,7 +43,7 @@ def rows(count, sampling=GREEDY):
   )
 
 
-def admit(slots, models, prompts, at, seeds=None, sampling=GREEDY):
+def admit(slots, models, prompts, at, seeds=None, sampling=GREEDY, pruning=None):
   """Reads prompts and puts them into the slots `at`."""
   lengths = [len(prompt) for prompt in prompts]
   packed = pack(prompts, best_fit_decreasing(lengths, max(lengths)))
@@ -55,7 +57,7 @@ def admit(slots, models, prompts, at, seeds=None, sampling=GREEDY):
   )
   draft = nnx.split(models[1]) if slots.pair.draft is not None else (None, None)
   return continuous.admit(
-    *nnx.split(models[0]), *draft, slots, packed, texts, jnp.int32(len(prompts))
+    *nnx.split(models[0]), *draft, slots, packed, texts, jnp.int32(len(prompts)), pruning
   )
 
 
@@ -158,3 +160,36 @@ def test_every_row_has_its_own_sampling():
   expected = jnp.stack([adjust(row, sampling) for row, sampling in zip(logits, each)])
   # XLA may divide by a constant temperature as by any other: up to rounding.
   np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_pruned_caches_give_the_text_of_generate_pruned(models):
+  """Also with drafts: the target's greedy text is that of its own cache, whatever drafts it."""
+  target, draft = models
+  compression = Compression(query_driven_scores, ratio=0.9, recent=1, window=4)
+  pruning = continuous.Pruning(compression, prompt_room=12, new_tokens=16)
+  alone = generate_pruned_by_row(target, PROMPTS[:3], compression)
+  # It is another text than that of the whole cache: the test would see the difference.
+  assert alone != [row[:6] for row in generate(target, PROMPTS[:3], max_new_tokens=6)]
+  for with_draft in (False, True):
+    slots = empty_slots(target, SLOTS, LENGTH, draft if with_draft else None, pruning)
+    slots = admit(slots, models, PROMPTS[:3], [2, 0, 3], pruning=pruning)
+    slots, texts = run(slots, models, 6, [True, False, True, True], with_draft)
+    assert [texts[row] for row in (2, 0, 3)] == alone
+
+
+def generate_pruned_by_row(model, prompts, compression):
+  """The cache of all but the last token is pruned; the last one is read then."""
+  texts = []
+  for prompt in prompts:
+    tokens, segment_ids = np.zeros((2, 1, 12), np.int32)
+    if len(prompt) > 1:
+      tokens[0, 13 - len(prompt) :], segment_ids[0, 13 - len(prompt) :] = prompt[:-1], 1
+    observed = observe(model, jnp.asarray(tokens), jnp.asarray(segment_ids))
+    cache = compress(observed, jnp.asarray(segment_ids), compression, 16)
+    text = [prompt[-1]]
+    for i in range(6):
+      position = jnp.array([[len(prompt) - 1 + i]])
+      x, cache = run_pruned(model, jnp.array([text[-1:]]), position, cache)
+      text.append(int(model.head(x)[0, 0].argmax()))
+    texts.append(text[1:])
+  return texts
