@@ -11,14 +11,16 @@ from flax import nnx
 from common.decoding.generation import Sampling, generate
 from common.decoding.parallel_prompt import (
   Acceptance,
-  PromptTokens,
-  check_prompt_tokens,
   next_root,
   parallel_prompt_generate,
-  prompt_logits,
   tree_generate,
   typical_threshold,
   verify_tree,
+)
+from common.decoding.prompt_tokens import (
+  PromptTokens,
+  check_prompt_tokens,
+  prompt_logits,
   with_prompt_tokens,
 )
 from common.decoding.prompt_tree import chain_mask, load_prompts, save_prompts, tree_tables

@@ -1,0 +1,4 @@
+from common import cli
+
+if __name__ == "__main__":
+  cli.run("ppd")
