@@ -6,11 +6,13 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kernels.attention import mosaic_tpu, xla
+from kernels.attention import mosaic_gpu, mosaic_tpu, xla
 from kernels.attention.masks import Rule, Tokens
 from kernels.platform import has_one_tpu
 
 Array = jax.Array
+
+_IMPLEMENTATIONS = {"xla": xla, "mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
 def attention(
@@ -28,7 +30,7 @@ def attention(
   mask: Array | None = None,
   bias: Array | None = None,
   scale: float | None = None,
-  implementation: Literal["xla", "mosaic_tpu"] | None = None,
+  implementation: Literal["xla", "mosaic_tpu", "mosaic_gpu"] | None = None,
 ) -> Array:
   """softmax(scale query key^T + bias) value (Vaswani et al. 2017, section 3.2.1).
 
@@ -52,9 +54,10 @@ def attention(
     bias: added to the scores, broadcastable likewise. With a mask or a bias the gradients are those
       of "xla", which keep the scores.
     scale: 1 / sqrt(key_dim) by default.
-    implementation: "xla" for any platform; "mosaic_tpu", whose scores never leave the chip; None
-      picks the best that supports the arguments: mosaic_tpu for 128 queries or more in a process
-      with one TPU, as a kernel is not cut over several devices by the compiler.
+    implementation: "xla" for any platform; "mosaic_tpu" and "mosaic_gpu" (Hopper, bfloat16, neither
+      mask nor bias, gradients as of "xla"), whose scores never leave the chip. None picks mosaic_tpu
+      for 128 queries or more in a process with one TPU, as the compiler does not cut a kernel over
+      several; mosaic_gpu, which has not run on a GPU yet, has to be named.
 
   Returns:
     [batch, heads, seq, value_dim] in query's dtype; scores and softmax are float32.
@@ -62,9 +65,9 @@ def attention(
   Raises:
     ValueError: shapes that do not belong together, or what the named implementation lacks.
   """
-  if implementation not in (None, "xla", "mosaic_tpu"):
+  if implementation is not None and implementation not in _IMPLEMENTATIONS:
     raise ValueError(
-      f"implementation {implementation!r} is not supported; supported: xla, mosaic_tpu"
+      f"implementation {implementation!r} is not supported; supported: {', '.join(_IMPLEMENTATIONS)}"
     )
   _check_shapes(query, key, value)
   if sliding_window is not None and sliding_window < 1:
@@ -85,13 +88,20 @@ def attention(
       raise ValueError(f"{name} {x.shape} does not broadcast to {(batch, heads, seq, count)}")
   if mask is not None:
     bias = jnp.where(mask, 0.0 if bias is None else bias, -jnp.inf)
-  problem = mosaic_tpu.unsupported(query, key, value)
-  if implementation == "mosaic_tpu" and problem:
-    raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
-  if implementation is None and not problem and seq >= mosaic_tpu.LANES and has_one_tpu():
-    implementation = "mosaic_tpu"
-  chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
-  return chosen.attention(
+  problems = {
+    "mosaic_tpu": mosaic_tpu.unsupported(query, key, value),
+    "mosaic_gpu": mosaic_gpu.unsupported(query, key, value, bias),
+  }
+  if problem := problems.get(implementation):
+    raise ValueError(
+      f"{implementation} does not support {problem}; implementation=None or 'xla' does"
+    )
+  if implementation is None:
+    if not problems["mosaic_tpu"] and seq >= mosaic_tpu.LANES and has_one_tpu():
+      implementation = "mosaic_tpu"
+    else:
+      implementation = "xla"
+  return _IMPLEMENTATIONS[implementation].attention(
     query,
     key,
     value,

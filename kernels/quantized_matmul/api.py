@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels.platform import has_one_tpu
-from kernels.quantized_matmul import mosaic_tpu, xla
+from kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, xla
 from kernels.quantized_matmul.packing import SUPPORTED_BITS, WORD_ROWS, packed_dtype
 
 Array = jax.Array
 
 # Chips whose matrix unit multiplies 8-bit integers.
 _MOSAIC_TPU_KINDS = ("TPU v5 lite", "TPU v5", "TPU v5p", "TPU v6 lite")
+_IMPLEMENTATIONS = {"xla": xla, "mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
 def quantized_matmul(
@@ -22,7 +23,7 @@ def quantized_matmul(
   zero_points: Array | None = None,
   *,
   bits: int,
-  implementation: Literal["xla", "mosaic_tpu"] | None = None,
+  implementation: Literal["xla", "mosaic_tpu", "mosaic_gpu"] | None = None,
 ) -> Array:
   """Computes x @ W for W [in, out] stored in low-bit codes.
 
@@ -34,9 +35,10 @@ def quantized_matmul(
       [1, 1] (per tensor), any float type.
     zero_points: unsigned codes of the value 0, shaped like `scales`; None for symmetric codes.
     bits: 2, 3, 4, 6 or 8; 6-bit codes are stored as 8-bit ones.
-    implementation: "xla" for any arguments and platform, "mosaic_tpu" for a few rows on TPU (see
-      `mosaic_tpu.unsupported`); None picks the best that supports the arguments: mosaic_tpu in a
-      process with one TPU, as a kernel is not cut over several devices by the compiler.
+    implementation: "xla" for any arguments and platform, "mosaic_tpu" for a few rows on TPU,
+      "mosaic_gpu" for bfloat16 x on Hopper GPUs (see their `unsupported`). None picks mosaic_tpu
+      where it supports the arguments, in a process with one TPU, as the compiler does not cut a kernel
+      over several; mosaic_gpu, which has not run on a GPU yet, has to be named.
 
   Returns:
     [..., out] in x's dtype; sums are accumulated in float32.
@@ -45,9 +47,9 @@ def quantized_matmul(
     ValueError: an argument has an unsupported value, shape or type, or the implementation that is
       named does not support them.
   """
-  if implementation not in (None, "xla", "mosaic_tpu"):
+  if implementation is not None and implementation not in _IMPLEMENTATIONS:
     raise ValueError(
-      f"implementation {implementation!r} is not supported; supported: xla, mosaic_tpu"
+      f"implementation {implementation!r} is not supported; supported: {', '.join(_IMPLEMENTATIONS)}"
     )
   if bits not in SUPPORTED_BITS:
     raise ValueError(f"{bits} bits are not supported; supported: {SUPPORTED_BITS}")
@@ -69,10 +71,18 @@ def quantized_matmul(
     raise ValueError(f"zero_points {zero_points.shape} differ from scales {scales.shape}")
   if bits == 6:
     bits = 8  # The same arrays: zero points are absolute, and signs are extended.
-  problem = mosaic_tpu.unsupported(x, values, scales, bits=bits)
-  if implementation == "mosaic_tpu" and problem:
-    raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
-  if implementation is None and not problem and has_one_tpu(_MOSAIC_TPU_KINDS):
-    implementation = "mosaic_tpu"
-  chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
+  problems = {
+    "mosaic_tpu": mosaic_tpu.unsupported(x, values, scales, bits=bits),
+    "mosaic_gpu": mosaic_gpu.unsupported(x, values, scales, bits=bits),
+  }
+  if problem := problems.get(implementation):
+    raise ValueError(
+      f"{implementation} does not support {problem}; implementation=None or 'xla' does"
+    )
+  if implementation is None:
+    if not problems["mosaic_tpu"] and has_one_tpu(_MOSAIC_TPU_KINDS):
+      implementation = "mosaic_tpu"
+    else:
+      implementation = "xla"
+  chosen = _IMPLEMENTATIONS[implementation]
   return chosen.quantized_matmul(x, values, scales, zero_points, bits=bits)
