@@ -11,6 +11,10 @@ in a slot of one batch; prompts that wait are read packed, in one pass. Point an
   --name=NAME           what clients call it (default: the last part of --model)
   --draft=DIR           a smaller model with the same tokenizer: speculative decoding
   --num_drafts=4        tokens that it proposes in a round
+  --key_pruning=0       share of the key cache's channels to drop (ThinK; the paper's is 0.4)
+  --prompt_budget=0     tokens of a prompt that its cache keeps (SnapKV); 0 keeps all
+  --max_new_tokens=0    of a text at most; 0: no limit, or half of --max_length with the two above
+  --packed_prefill      --nopacked_prefill reads every prompt in a row of its own
   --slots=8             requests that are decoded at the same time
   --max_length=1024     tokens of a prompt and its text together
   --max_queue=256       requests that may wait; more are refused (429)
@@ -22,10 +26,14 @@ in a slot of one batch; prompts that wait are read packed, in one pass. Point an
 
 Besides OpenAI's parameters a request may have `top_k`; `grammar`, EBNF that the text must follow;
 and `grammar_aligned`, which samples a grammar's texts as the model itself would (ASAp) where masks
-distort it. A format or a grammar is checked token by token: such a text takes no drafts, and with one
-in the batch tokens come one at a time.
+distort it.
+
+All of this can be combined. A format or a grammar is checked token by token: such a text takes no drafts,
+and with one in the batch tokens come one at a time. The draft model's cache is never pruned. Models with
+ALiBi or a sliding window have no pruned caches; log-probabilities are always the model's own.
 """
 
+import ctypes
 import pathlib
 import sys
 
@@ -38,6 +46,10 @@ _MODEL = flags.DEFINE_string("model", None, "checkpoint or base model", required
 _NAME = flags.DEFINE_string("name", None, "what clients call it")
 _DRAFT = flags.DEFINE_string("draft", None, "draft model")
 _NUM_DRAFTS = flags.DEFINE_integer("num_drafts", 4, "tokens of a round", lower_bound=1)
+_KEY_PRUNING = flags.DEFINE_float("key_pruning", 0, "share of channels", 0, 0.95)
+_PROMPT_BUDGET = flags.DEFINE_integer("prompt_budget", 0, "tokens kept", lower_bound=0)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "of a text", lower_bound=0)
+_PACKED_PREFILL = flags.DEFINE_bool("packed_prefill", True, "prompts share rows")
 _SLOTS = flags.DEFINE_integer("slots", 8, "requests at the same time", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "tokens of a text", lower_bound=2)
 _MAX_QUEUE = flags.DEFINE_integer("max_queue", 256, "requests that may wait", lower_bound=1)
@@ -53,6 +65,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
+  _use_few_arenas()
   cli.prepare_jax()
   import socket
 
@@ -84,6 +97,9 @@ def main(argv: list[str]) -> None:
     stop_tokens=[] if stop is None else [stop],
     draft=None if draft is None else draft.model,
     num_drafts=_NUM_DRAFTS.value,
+    compression=_compression(),
+    max_new_tokens=_MAX_NEW_TOKENS.value or None,
+    pack_prompts=_PACKED_PREFILL.value,
   )
   for done, total in engine.warm_up():
     print(f"\rcompiling {done}/{total}", end="\n" if done == total else "", file=sys.stderr)
@@ -106,6 +122,30 @@ def main(argv: list[str]) -> None:
   address = f"[{host}]" if listener.family == socket.AF_INET6 else host
   print(f"{settings.name} is at http://{address}:{port}/v1", flush=True)
   server.run(sockets=[listener])
+
+
+def _use_few_arenas() -> None:
+  """Tells glibc to share its heaps: one for every thread, none given back, would grow for hours."""
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+  if mallopt is not None:
+    arena_max = -8  # Name of malloc.h.
+    mallopt(arena_max, 2)
+
+
+def _compression():
+  """Of the prompts' caches, as the flags say, or None."""
+  from common.decoding.eviction import snapkv_scores
+  from common.decoding.pruned_cache import Compression
+  from projects.think.think import query_driven_scores
+
+  if not (_KEY_PRUNING.value or _PROMPT_BUDGET.value):
+    return None
+  return Compression(
+    query_driven_scores,
+    ratio=_KEY_PRUNING.value,
+    evict=snapkv_scores if _PROMPT_BUDGET.value else None,
+    **({"capacity": _PROMPT_BUDGET.value} if _PROMPT_BUDGET.value else {}),
+  )
 
 
 def _listen(host: str, port: int):

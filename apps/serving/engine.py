@@ -5,105 +5,29 @@ What clients do (submit, cancel) only changes the queue and flags, under a lock.
 """
 
 import collections
-import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
 import tokenizers
 from flax import nnx
 
+from apps.serving.jobs import TOP, Busy, Counts, End, Job, Piece, Score
 from apps.serving.text import TextStream
 from common.decoding import continuous
-from common.decoding.bin_packing import best_fit_decreasing
+from common.decoding.bin_packing import best_fit_decreasing, one_per_bin
 from common.decoding.constrained import Constraint
-from common.decoding.continuous import NewTexts, NewTokens, empty_slots
+from common.decoding.continuous import NewTexts, NewTokens, Pruning, empty_slots
 from common.decoding.generation import RowSampling, Sampling
 from common.decoding.prepacking import PackedPrompts, pack
+from common.decoding.pruned_cache import Compression, check_supported
 from common.decoding.speculative import Policy, constant
 from common.errors import UserError
 from common.models.decoder import Decoder
 
 _WIDTHS = tuple(32 * 4**i for i in range(10))
-TOP = 20  # Most likely tokens that a request may ask for.
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Job:
-  """One text to generate.
-
-  Attributes:
-    prompt: token ids, at least one.
-    max_new_tokens: tokens at most.
-    sampling: how they are chosen.
-    seed: from 0 to 2^32 - 1; the same seed, prompt and sampling give the same text (on the same
-      machine).
-    stop: strings that end the text and are no part of it.
-    bias: by token, added to its logit.
-    constraint: of the text, or None.
-    finish: is called when the constrained text has ended, with whether it is complete; not if it was
-      cancelled.
-    top: most likely tokens to report beside each token.
-    emit: is called in the engine's thread with every `Piece` and at last one `End`.
-  """
-
-  prompt: Sequence[int]
-  max_new_tokens: int
-  emit: Callable[["Piece | End"], None]
-  sampling: Sampling = Sampling()
-  seed: int = 0
-  stop: Sequence[str] = ()
-  bias: dict[int, float] = dataclasses.field(default_factory=dict)
-  constraint: Constraint | None = None
-  finish: Callable[[bool], None] | None = None
-  top: int = 0
-
-
-class Score(NamedTuple):
-  """A token, its log-probability under the model, and the most likely tokens there."""
-
-  token: int
-  log_prob: float
-  top: list[tuple[int, float]]
-
-
-class Piece(NamedTuple):
-  """Text that is certain, which may be "", and the token that came with it."""
-
-  text: str
-  score: Score
-
-
-class End(NamedTuple):
-  """The last text, and why it ended; `message` only of an error."""
-
-  text: str
-  reason: Literal["stop", "length", "cancelled", "error"]
-  message: str = ""
-
-
-class Busy(Exception):
-  """The queue is full, or the engine is shutting down."""
-
-
-@dataclasses.dataclass
-class Counts:
-  """What happened since the start."""
-
-  prompt_tokens: int = 0
-  prefill_slots: int = 0
-  new_tokens: int = 0
-  steps: int = 0
-  occupied_slots: int = 0  # Summed over the steps.
-  drafted: int = 0
-  accepted: int = 0
-  stop: int = 0
-  length: int = 0
-  cancelled: int = 0
-  error: int = 0
 
 
 class _Row:
@@ -130,6 +54,9 @@ class Engine:
     draft: Decoder | None = None,
     num_drafts: int = 4,
     policy: Policy | None = None,
+    compression: Compression | None = None,
+    max_new_tokens: int | None = None,
+    pack_prompts: bool = True,
   ):
     """Allocates the caches.
 
@@ -145,6 +72,10 @@ class Engine:
       draft: makes every step a speculative one.
       num_drafts: tokens that it proposes at most.
       policy: when a round of drafts ends; by default after `num_drafts`.
+      compression: of the prompts' caches; None leaves them whole.
+      max_new_tokens: of a text at most; with compression it says how the room of a row is divided
+        (half and half by default), without it there is no limit but max_length.
+      pack_prompts: whether several share a row when they are read.
 
     Raises:
       UserError: a draft model with another vocabulary, or lengths that the model has no room for.
@@ -165,16 +96,27 @@ class Engine:
           f"max_length={max_length} and {slack} more need {max_length + slack} positions; the model "
           f"has {one.config.max_position_embeddings}: lower max_length"
         )
+    if compression is not None:
+      check_supported(config)
+      max_new_tokens = max_new_tokens or max_length // 2
     self.max_length, self.vocab_size = max_length, config.vocab_size
+    self.max_new_tokens = min(max_new_tokens or max_length, max_length - 1)
+    self.max_prompt = max_length - (1 if compression is None else self.max_new_tokens)
+    self._packer = best_fit_decreasing if pack_prompts else one_per_bin
+    self._pruning = (
+      None
+      if compression is None
+      else Pruning(compression, self.max_prompt, self.max_new_tokens + slack)
+    )
     self.counts, self.slots = Counts(), slots
     self._model, self._draft = nnx.split(model), draft if draft is None else nnx.split(draft)
     self._policy = policy or constant(num_drafts)
     self._num_drafts, self._chunk, self._max_queue = num_drafts, chunk, max_queue
     self._prefill_tokens = prefill_tokens
     # Few widths of packed rows, so that few programs are compiled.
-    self._widths = [width for width in _WIDTHS if width < max_length] + [max_length]
+    self._widths = [width for width in _WIDTHS if width < self.max_prompt] + [self.max_prompt]
     self._tokenizer, self._stop_tokens = tokenizer, frozenset(stop_tokens)
-    self._state = empty_slots(model, slots, max_length + slack, draft)
+    self._state = empty_slots(model, slots, max_length + slack, draft, self._pruning)
     self.cache_bytes = sum(
       leaf.nbytes for leaf in jax.tree.leaves((self._state.pair.target, self._state.pair.draft))
     )
@@ -203,6 +145,12 @@ class Engine:
     """Starts the thread."""
     self._thread.start()
 
+  def room(self, prompt: int) -> int:
+    """New tokens that a prompt of so many tokens may have; none if it is too long itself."""
+    if prompt > self.max_prompt:
+      return 0
+    return min(self.max_length - prompt, self.max_new_tokens)
+
   def submit(self, *jobs: Job) -> None:
     """Queues all of the jobs or none.
 
@@ -215,10 +163,11 @@ class Engine:
         raise UserError("the prompt has no token: expected at least one")
       if min(job.prompt) < 0 or max(job.prompt) >= self.vocab_size:
         raise UserError(f"prompt tokens must be 0 to {self.vocab_size - 1}")
-      if len(job.prompt) + job.max_new_tokens > self.max_length:
+      if job.max_new_tokens > self.room(len(job.prompt)):
         raise UserError(
           f"the prompt has {len(job.prompt)} tokens and {job.max_new_tokens} new ones are wanted; "
-          f"together they may be {self.max_length}: shorten the prompt or lower max_tokens"
+          f"here a prompt may have {self.max_prompt} tokens, a text {self.max_new_tokens}, and both "
+          f"together {self.max_length}: shorten the prompt or lower max_tokens"
         )
     with self._changed:
       if self._closing or self._failed:
@@ -288,7 +237,7 @@ class Engine:
     while self._queue and len(jobs) < free:
       more = [*jobs, self._queue[0]]
       width = self._width(more)
-      if jobs and len(_bins(more, width)) > self._rows_of_pass(width):
+      if jobs and len(self._bins(more, width)) > self._rows_of_pass(width):
         break
       jobs = more
       self._queue.popleft()
@@ -298,6 +247,10 @@ class Engine:
     """Slots of a packed row that holds the longest prompt."""
     longest = max(len(job.prompt) - 1 for job in jobs)
     return next(width for width in self._widths if width >= longest)
+
+  def _bins(self, jobs: list[Job], width: int) -> list[list[int]]:
+    """Prompts without their last tokens, packed into rows."""
+    return self._packer([max(len(job.prompt) - 1, 1) for job in jobs], width)
 
   def _rows_of_pass(self, width: int) -> int:
     """Packed rows of one pass at most, a power of two."""
@@ -330,7 +283,7 @@ class Engine:
   def _read(self, jobs: list[Job], slots: list[int]) -> None:
     """Reads prompts in one packed pass, and moves them into their slots."""
     width = self._width(jobs)
-    bins = _bins(jobs, width)
+    bins = self._bins(jobs, width)
     packed = pack([job.prompt for job in jobs], bins)
     rows = 1 << (len(bins) - 1).bit_length()
     self._admit(packed, rows, width, jobs, slots)
@@ -364,6 +317,7 @@ class Engine:
       PackedPrompts(*ids, *map(wide, packed[3:])),
       texts,
       np.int32(len(jobs)),
+      self._pruning,
     )
 
   def _step(self) -> None:
@@ -380,6 +334,8 @@ class Engine:
     host = jax.device_get(new._replace(all_log_probs=()))
     self.counts.steps += 1
     self.counts.occupied_slots += int(active.sum())
+    passes = host.tokens.shape[1] if self._draft is None else 1
+    self.counts.row_passes += int(active.sum()) * passes
     self.counts.drafted += int(host.drafted.sum())
     self.counts.accepted += int(host.accepted.sum())
     for slot in np.flatnonzero(active):
@@ -472,11 +428,6 @@ def _constraint_bias(constraint: Constraint, vocab_size: int) -> np.ndarray:
   tokens, weights = constraint.log_weights()
   bias[list(tokens)] += np.array(weights, np.float32)
   return bias
-
-
-def _bins(jobs: list[Job], width: int) -> list[list[int]]:
-  """Prompts without their last tokens, packed into rows."""
-  return best_fit_decreasing([max(len(job.prompt) - 1, 1) for job in jobs], width)
 
 
 @jax.jit

@@ -13,7 +13,7 @@ import pydantic
 import tokenizers
 from pydantic import Field
 
-from apps.serving.engine import TOP, Score
+from apps.serving.jobs import TOP, Score
 
 
 class _Strict(pydantic.BaseModel):

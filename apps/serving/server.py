@@ -22,7 +22,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from apps.serving.chat import ChatTemplate
-from apps.serving.engine import Busy, End, Engine, Job, Piece, Score
+from apps.serving.engine import Engine
+from apps.serving.jobs import Busy, End, Job, Piece, Score
 from apps.serving.protocol import (
   ChatRequest,
   CompletionRequest,
@@ -107,6 +108,7 @@ class _Metrics:
     yield counter("new_tokens", "Tokens generated.", counts.new_tokens)
     yield counter("steps", "Steps of the batch.", counts.steps)
     yield counter("occupied_slots", "Slots taken, summed over the steps.", counts.occupied_slots)
+    yield counter("row_passes", "Passes of the model, summed over slots.", counts.row_passes)
     yield counter("drafted", "Tokens drafted.", counts.drafted)
     yield counter("accepted", "Drafts accepted.", counts.accepted)
     ended = CounterMetricFamily(
@@ -325,8 +327,8 @@ def _jobs(
   seed = random.getrandbits(32) if wanted.seed is None else wanted.seed
   jobs = []
   for prompt in prompts:
-    room = engine.max_length - len(prompt)
     if isinstance(wanted, ChatRequest):
+      room = engine.room(len(prompt))
       limit = wanted.max_completion_tokens or wanted.max_tokens or max(room, 1)
     else:
       limit = wanted.max_tokens

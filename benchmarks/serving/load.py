@@ -12,14 +12,8 @@ after the first quarter.
 
 import asyncio
 import json
-import logging
-import os
 import pathlib
 import random
-import re
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -27,6 +21,7 @@ import openai
 import psutil
 from absl import app, flags
 
+from benchmarks.serving import measured_server
 from common.reporting.report import environment
 
 _MODEL = flags.DEFINE_string("model", "lm-tiny", "a base model or a Hugging Face directory")
@@ -58,9 +53,7 @@ def prompt(rng: random.Random) -> str:
 
 async def client(url: str, number: int, end: float, seen: Outcomes) -> None:
   rng = random.Random(number)
-  async with openai.AsyncOpenAI(
-    base_url=url, api_key="none", max_retries=0, timeout=PATIENCE
-  ) as api:
+  async with measured_server.client(url, PATIENCE) as api:
     while time.monotonic() < end:
       kind = rng.random()
       try:
@@ -75,7 +68,7 @@ async def client(url: str, number: int, end: float, seen: Outcomes) -> None:
 async def _text(api, rng, seen: Outcomes, leave: bool) -> None:
   start = time.perf_counter()
   stream = await api.completions.create(
-    model="load",
+    model="model",
     prompt=prompt(rng),
     max_tokens=NEW_TOKENS,
     seed=rng.randrange(2**32),
@@ -106,7 +99,7 @@ async def _nonsense(api, rng, seen: Outcomes) -> None:
     ]
   )
   try:
-    await api.completions.create(model="load", **bad)
+    await api.completions.create(model="model", **bad)
   except openai.BadRequestError:
     seen.refused += 1
 
@@ -126,21 +119,10 @@ async def _load(url: str, process: psutil.Process) -> tuple[Outcomes, list]:
   return seen, memory
 
 
-async def _metrics(url: str) -> dict[str, float]:
-  """The server's own numbers."""
-  import httpx2
-
-  async with httpx2.AsyncClient() as http:
-    text = (await http.get(url.removesuffix("/v1") + "/metrics")).text
-  return {
-    name: float(value) for name, value in re.findall(r"^(flaxworks_\w+) (\S+)$", text, re.MULTILINE)
-  }
-
-
 async def _idle(url: str) -> dict[str, float]:
   """Metrics once no slot is taken."""
   for _ in range(100):
-    metrics = await _metrics(url)
+    metrics = await measured_server.metrics(url)
     if not metrics["flaxworks_active_slots"] and not metrics["flaxworks_queued"]:
       return metrics
     await asyncio.sleep(0.1)
@@ -150,10 +132,10 @@ async def _idle(url: str) -> dict[str, float]:
 async def _run(url: str, process: psutil.Process) -> dict:
   # The first requests compile: that is not what is measured.
   warm_up = Outcomes()
-  async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=300) as api:
+  async with measured_server.client(url) as api:
     for rng in map(random.Random, range(8)):
       await asyncio.gather(*(_text(api, rng, warm_up, leave=False) for _ in range(_SLOTS.value)))
-  before = await _metrics(url)
+  before = await measured_server.metrics(url)
   seen, memory = await _load(url, process)
   after = await _idle(url)
   count = lambda name: after[f"flaxworks_{name}_total"] - before[f"flaxworks_{name}_total"]
@@ -184,27 +166,15 @@ async def _run(url: str, process: psutil.Process) -> dict:
 
 def main(argv) -> None:
   del argv
-  logging.getLogger("httpx2").setLevel(logging.WARNING)
-  logging.getLogger("openai").setLevel(logging.WARNING)
-  command = [sys.executable, "-m", "apps.serve", f"--model={_MODEL.value}", "--name=load"]
-  command += ["--port=0", f"--slots={_SLOTS.value}", "--max_length=512"]
-  server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
-  try:
-    line = server.stdout.readline()
-    found = re.search(r"http://\S+", line)
-    if not found:
-      raise SystemExit(f"the server did not start: {line}")
-    result = asyncio.run(_run(found[0], psutil.Process(server.pid)))
-  finally:
-    server.send_signal(signal.SIGTERM)
-    code = server.wait(60)
-  # Uvicorn ends by the signal that it was sent, once all is done.
-  result["ended_well"] = code in (0, -signal.SIGTERM)
+  measured_server.quiet()
+  flags = (f"--model={_MODEL.value}", f"--slots={_SLOTS.value}", "--max_length=512")
+  with measured_server.start(*flags) as (url, pid):
+    result = asyncio.run(_run(url, psutil.Process(pid)))
   path = pathlib.Path(_OUT.value)
   path.write_text(json.dumps(result, indent=2) + "\n")
   print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=2))
-  if result["wrong"] or result["memory_growth"] > 0.05 or not result["ended_well"]:
-    raise SystemExit("requests failed, memory grew, or the server did not end well")
+  if result["wrong"] or result["memory_growth"] > 0.05:
+    raise SystemExit("requests failed, or memory grew")
 
 
 if __name__ == "__main__":

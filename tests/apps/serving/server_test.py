@@ -14,6 +14,7 @@ import numpy as np
 import openai
 import pytest
 import uvicorn
+from flax import nnx
 
 from apps.serving.chat import compile_template
 from apps.serving.constraints import Constraints
@@ -22,7 +23,11 @@ from apps.serving.server import Settings, make_app
 from common.data.tokenizer import load_tokenizer
 from common.decoding import continuous
 from common.decoding.generation import generate
+from common.decoding.pruned_cache import Compression
 from common.errors import UserError
+from common.quantization.calibration import rtn_block
+from common.quantization.quantized_array import IntegerFormat
+from projects.think.think import query_driven_scores
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -292,7 +297,7 @@ def test_aligned_samples_come_closer_to_the_model(client, model, tokenizer):
 @pytest.mark.parametrize(
   "change, says",
   [
-    ({"prompt": "x" * 300}, "together they may be 96"),
+    ({"prompt": "x" * 300}, "both together 96"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [1, 512]}, "0 to 511"),
@@ -390,6 +395,33 @@ def test_with_a_draft_model_the_text_is_the_same(model, tokenizer):
       assert engine.counts.drafted > 0
       with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "a"}])
+
+
+def test_everything_together(model, tokenizer):
+  """Quantized weights, packed prompts, a pruned cache, drafts and a grammar: the text is that of the
+  quantized model over its pruned cache, whatever drafts it."""
+  quantized = nnx.clone(model)
+  quantized.blocks = nnx.List([rtn_block(b, IntegerFormat(4, group_size=16)) for b in model.blocks])
+  compression = Compression(query_driven_scores, ratio=0.5, recent=4, window=4)
+  options = {"compression": compression, "max_new_tokens": 32}
+  texts = []
+  for draft in (None, model):
+    engine = make_engine(quantized, tokenizer, draft=draft, num_drafts=2, **options)
+    with serve(engine, tokenizer) as (_, port):
+      url = f"http://127.0.0.1:{port}/v1"
+      with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        ask = {"model": "small", "max_tokens": 12, "temperature": 0}
+        plain = client.completions.create(prompt=[p * 5 for p in PROMPTS], **ask)
+        formatted = client.completions.create(
+          prompt=PROMPTS[0], **ask, extra_body={"grammar": "root ::= [0-9]{3,5}"}
+        )
+        assert re.fullmatch("[0-9]{3,5}", formatted.choices[0].text)
+        with pytest.raises(openai.BadRequestError, match="a text 32"):
+          client.completions.create(model="small", prompt="a", max_tokens=33)
+        texts.append([choice.text for choice in (*plain.choices, *formatted.choices)])
+    if draft is not None:
+      assert engine.counts.accepted > 0
+  assert texts[0] == texts[1]
 
 
 def test_a_server_that_shuts_down_tells_its_clients(model, tokenizer):
