@@ -11,6 +11,8 @@ in a slot of one batch; prompts that wait are read packed, in one pass. Point an
   --name=NAME           what clients call it (default: the last part of --model)
   --draft=DIR           a smaller model with the same tokenizer: speculative decoding
   --num_drafts=4        tokens that it proposes in a round
+  --prompt_tokens=FILE  trained by ./run.sh ppd (prompts_SEED.safetensors in its workdir) for this model:
+                        parallel-prompt decoding
   --key_pruning=0       share of the key cache's channels to drop (ThinK; the paper's is 0.4)
   --prompt_budget=0     tokens of a prompt that its cache keeps (SnapKV); 0 keeps all
   --max_new_tokens=0    of a text at most; 0: no limit, or half of --max_length with the two above
@@ -28,7 +30,7 @@ Besides OpenAI's parameters a request may have `top_k`; `grammar`, EBNF that the
 and `grammar_aligned`, which samples a grammar's texts as the model itself would (ASAp) where masks
 distort it.
 
-All of this can be combined. A format or a grammar is checked token by token: such a text takes no drafts,
+All of this can be combined, but prompt tokens with neither a draft model nor pruned caches. A format or a grammar is checked token by token: such a text takes no drafts,
 and with one in the batch tokens come one at a time. The draft model's cache is never pruned. Models with
 ALiBi or a sliding window have no pruned caches; log-probabilities are always the model's own.
 """
@@ -46,6 +48,7 @@ _MODEL = flags.DEFINE_string("model", None, "checkpoint or base model", required
 _NAME = flags.DEFINE_string("name", None, "what clients call it")
 _DRAFT = flags.DEFINE_string("draft", None, "draft model")
 _NUM_DRAFTS = flags.DEFINE_integer("num_drafts", 4, "tokens of a round", lower_bound=1)
+_PROMPT_TOKENS = flags.DEFINE_string("prompt_tokens", None, "of parallel-prompt decoding")
 _KEY_PRUNING = flags.DEFINE_float("key_pruning", 0, "share of channels", 0, 0.95)
 _PROMPT_BUDGET = flags.DEFINE_integer("prompt_budget", 0, "tokens kept", lower_bound=0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "of a text", lower_bound=0)
@@ -76,6 +79,8 @@ def main(argv: list[str]) -> None:
   from apps.serving.engine import Engine
   from apps.serving.server import Settings, make_app
   from common.data.tokenizer import eos_id
+  from common.decoding.prompt_tokens import PromptTokens
+  from common.decoding.prompt_tree import load_prompts
   from common.models.base import base_model
 
   path = pathlib.Path(_MODEL.value).expanduser()
@@ -86,6 +91,10 @@ def main(argv: list[str]) -> None:
   draft = base_model(_DRAFT.value) if _DRAFT.value else None
   if draft is not None and draft.tokenizer.get_vocab() != model.tokenizer.get_vocab():
     raise UserError(f"--draft={_DRAFT.value} has another tokenizer than --model={_MODEL.value}")
+  prompts = {}
+  if _PROMPT_TOKENS.value:
+    fields, prompts["trees"] = load_prompts(_PROMPT_TOKENS.value)
+    prompts["prompt_tokens"] = PromptTokens(**fields)
   stop = eos_id(model.tokenizer)
   engine = Engine(
     model.model,
@@ -100,6 +109,7 @@ def main(argv: list[str]) -> None:
     compression=_compression(),
     max_new_tokens=_MAX_NEW_TOKENS.value or None,
     pack_prompts=_PACKED_PREFILL.value,
+    **prompts,
   )
   for done, total in engine.warm_up():
     print(f"\rcompiling {done}/{total}", end="\n" if done == total else "", file=sys.stderr)

@@ -22,6 +22,12 @@ from common.decoding.constrained import Constraint
 from common.decoding.continuous import NewTexts, NewTokens, Pruning, empty_slots
 from common.decoding.generation import RowSampling, Sampling
 from common.decoding.prepacking import PackedPrompts, pack
+from common.decoding.prompt_tokens import (
+  PromptTokens,
+  check_prompt_tokens,
+  with_prompt_tokens,
+)
+from common.decoding.prompt_tree import Trees
 from common.decoding.pruned_cache import Compression, check_supported
 from common.decoding.speculative import Policy, constant
 from common.errors import UserError
@@ -56,6 +62,8 @@ class Engine:
     policy: Policy | None = None,
     compression: Compression | None = None,
     max_new_tokens: int | None = None,
+    prompt_tokens: PromptTokens | None = None,
+    trees: Trees | None = None,
     pack_prompts: bool = True,
   ):
     """Allocates the caches.
@@ -75,10 +83,12 @@ class Engine:
       compression: of the prompts' caches; None leaves them whole.
       max_new_tokens: of a text at most; with compression it says how the room of a row is divided
         (half and half by default), without it there is no limit but max_length.
+      prompt_tokens, trees: make every step one of parallel-prompt decoding.
       pack_prompts: whether several share a row when they are read.
 
     Raises:
-      UserError: a draft model with another vocabulary, or lengths that the model has no room for.
+      UserError: a draft model with another vocabulary, prompt tokens that do not fit, parts that do
+        not go together, or lengths that the model has no room for.
     """
     config = model.config
     if draft is not None and draft.config.vocab_size != config.vocab_size:
@@ -86,8 +96,18 @@ class Engine:
         f"the draft model has {draft.config.vocab_size} tokens, the model {config.vocab_size}; "
         "speculative decoding needs one vocabulary"
       )
+    if prompt_tokens is not None:
+      if draft is not None or compression is not None:
+        raise UserError(
+          "prompt tokens take the place of a draft model, and move slots of the cache, which a pruned "
+          "one has not: give prompt tokens alone"
+        )
+      check_prompt_tokens(model, prompt_tokens)
+      model = with_prompt_tokens(model, prompt_tokens)
     # A step may write so much beyond the last token that is wanted.
     slack = chunk if draft is None else num_drafts + 1
+    if trees is not None:
+      slack = trees.sources.shape[1]
     for one in (model, draft):
       if one is None or one.config.position != "learned":
         continue
@@ -111,12 +131,13 @@ class Engine:
     self.counts, self.slots = Counts(), slots
     self._model, self._draft = nnx.split(model), draft if draft is None else nnx.split(draft)
     self._policy = policy or constant(num_drafts)
+    self._prompt_tokens, self._trees = prompt_tokens, trees
     self._num_drafts, self._chunk, self._max_queue = num_drafts, chunk, max_queue
     self._prefill_tokens = prefill_tokens
     # Few widths of packed rows, so that few programs are compiled.
     self._widths = [width for width in _WIDTHS if width < self.max_prompt] + [self.max_prompt]
     self._tokenizer, self._stop_tokens = tokenizer, frozenset(stop_tokens)
-    self._state = empty_slots(model, slots, max_length + slack, draft, self._pruning)
+    self._state = empty_slots(model, slots, max_length + slack, draft, self._pruning, trees)
     self.cache_bytes = sum(
       leaf.nbytes for leaf in jax.tree.leaves((self._state.pair.target, self._state.pair.draft))
     )
@@ -334,7 +355,8 @@ class Engine:
     host = jax.device_get(new._replace(all_log_probs=()))
     self.counts.steps += 1
     self.counts.occupied_slots += int(active.sum())
-    passes = host.tokens.shape[1] if self._draft is None else 1
+    single = self._draft is None and self._trees is None
+    passes = host.tokens.shape[1] if single else 1
     self.counts.row_passes += int(active.sum()) * passes
     self.counts.drafted += int(host.drafted.sum())
     self.counts.accepted += int(host.accepted.sum())
@@ -345,7 +367,11 @@ class Engine:
     self, active: np.ndarray, bias: np.ndarray | None, top: int, limit: np.ndarray
   ) -> NewTokens:
     """A step on the device; `limit` of the drafts of each row."""
-    if self._draft is None:
+    if self._trees is not None:
+      self._state, new = continuous.verify_trees(
+        *self._model, self._state, active, bias, limit, self._trees, self._prompt_tokens, top
+      )
+    elif self._draft is None:
       # What is allowed next depends on the token before.
       steps = 1 if bias is not None else self._chunk
       self._state, new = continuous.decode(*self._model, self._state, active, bias, steps, top)

@@ -2,8 +2,8 @@
 
 The batch has a fixed number of slots, each a row of the KV cache with a length, a last token and a
 sampling of its own. New prompts are read packed, several in a row, and moved into free slots
-(`admit`); then all slots go on together, a few tokens (`decode`) or a round of drafts (`speculate`)
-at a time. Only the shape of the packed rows changes, so that there are few compilations; which
+(`admit`); then all slots go on together, a few tokens (`decode`), a round of drafts (`speculate`) or
+a tree of candidates (`verify_trees`) at a time. Only the shape of the packed rows changes, so that there are few compilations; which
 request is in which slot is known to the host alone.
 
 As in prepacked prefill (`prepacking.py`), the last token of a text is never in the cache: it opens the next step.
@@ -17,9 +17,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.decoding import parallel_prompt
 from common.decoding.cache import append, length_of, roll_back
 from common.decoding.generation import RowSampling, adjust_rows, categorical, fold_in
+from common.decoding.parallel_prompt import Acceptance, Guesses
 from common.decoding.prepacking import PackedPrompts, read_packed
+from common.decoding.prompt_tokens import PromptTokens, prompt_logits
+from common.decoding.prompt_tree import RANKS, Trees
 from common.decoding.pruned_cache import (
   Compression,
   Observed,
@@ -46,11 +50,14 @@ class Slots(NamedTuple):
     keys: [slots], constant over a request: its randomness depends on the position alone, and so not
       on what else is in the batch.
     sampling: of each row.
+    candidates, available: of parallel-prompt decoding, as in `parallel_prompt.Guesses`; None without.
   """
 
   pair: Pair
   keys: Array
   sampling: RowSampling
+  candidates: Array | None = None
+  available: Array | None = None
 
 
 class NewTokens(NamedTuple):
@@ -98,11 +105,17 @@ def empty_slots(
   max_length: int,
   draft: Decoder | None = None,
   pruning: Pruning | None = None,
+  trees: Trees | None = None,
 ) -> Slots:
   """Slots with room for texts of `max_length` tokens, written over by one step more.
 
-  With pruning the model's cache has the room that it says instead.
+  With pruning the model's cache has the room that it says instead; with trees the rows have
+  candidates, which are drafts of another kind.
   """
+  candidates = available = None
+  if trees is not None:
+    candidates = jnp.zeros((count, trees.prompt_slots.shape[2], RANKS), jnp.int32)
+    available = jnp.zeros(count, jnp.int32)
 
   def cache(model):
     dtype = model.embed_tokens.embedding.dtype
@@ -118,6 +131,8 @@ def empty_slots(
     ),
     keys=jax.random.split(jax.random.key(0), count),
     sampling=RowSampling(jnp.zeros(count), jnp.zeros(count, jnp.int32), jnp.ones(count)),
+    candidates=candidates,
+    available=available,
   )
 
 
@@ -260,6 +275,9 @@ def admit(
     ),
     keys=put(slots.keys, texts.keys),
     sampling=RowSampling(*map(put, slots.sampling, texts.sampling)),
+    candidates=slots.candidates,
+    # A row's first pass is its root and the prompt tokens behind it.
+    available=None if slots.available is None else slots.available.at[at].set(0, mode="drop"),
   )
 
 
@@ -370,6 +388,80 @@ def speculate(
     accepted=jnp.where(active, emitted.accepted, 0),
     drafted=emitted.drafted,
     all_log_probs=jax.nn.log_softmax(tempered),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 8), donate_argnums=2)
+def verify_trees(
+  graphdef,
+  state,
+  slots: Slots,
+  active: Array,
+  bias: Array | None,
+  limit: Array,
+  trees: Trees,
+  prompt_tokens: PromptTokens,
+  top: int,
+) -> tuple[Slots, NewTokens]:
+  """A pass of parallel-prompt decoding for every active row.
+
+  A token is drawn at every node of the tree, and a candidate is accepted where it is the token that
+  was drawn at its parent. So texts have the model's own distribution; they are those of `decode`, as a
+  token's key depends on its position alone.
+
+  Args:
+    graphdef, state: of a decoder with prompt tokens (`with_prompt_tokens`).
+    slots, active, top: as of `decode`.
+    bias, limit: as of `speculate`; a limit of 0 leaves out the candidates.
+    trees, prompt_tokens: see `parallel_prompt`.
+  """
+  nodes = trees.parents.shape[1]
+  available = jnp.where(limit > 0, slots.available, 0)
+  depths = trees.depths[available][:, :nodes]
+
+  def drawn(logits):
+    """All the probability of each node on one token, [slots, nodes, vocab]."""
+    if bias is not None:
+      logits = logits + bias[:, None]
+    chosen_from = adjust_rows(logits, slots.sampling)
+    tokens = jax.vmap(
+      lambda logits, depth: categorical(fold_in(slots.keys, slots.pair.positions + depth), logits),
+      in_axes=1,
+      out_axes=1,
+    )(chosen_from, depths)
+    return jnp.where(jnp.arange(logits.shape[-1]) == tokens[..., None], 0.0, -jnp.inf)
+
+  pair = slots.pair
+  guesses = Guesses(pair.target, pair.last[:, 1], slots.candidates, available, pair.positions)
+  drafts = jnp.sum(trees.parents[available] >= 0, axis=1)
+  after, emitted = parallel_prompt.one_round(
+    nnx.merge(graphdef, state),
+    trees,
+    guesses,
+    ~active,
+    slots.keys,
+    Acceptance(0.5, 0.5),  # Any below 1: probabilities are 0 and 1.
+    prompt_tokens,
+    prompt_logits,
+    drawn,
+  )
+  log_probs, top_tokens, top_log_probs = _scores(emitted.logits, emitted.tokens, top)
+  before = jnp.concatenate([pair.last[:, 1:], emitted.tokens], axis=1)
+  before = jnp.take_along_axis(before, emitted.accepted[:, None], axis=1)[:, 0]
+  last = jnp.where(active[:, None], jnp.stack([before, after.root], axis=1), pair.last)
+  return slots._replace(
+    pair=Pair(after.cache, None, last, after.positions),
+    candidates=after.candidates,
+    available=after.available,
+  ), NewTokens(
+    tokens=emitted.tokens,
+    counts=jnp.where(active, emitted.accepted + 1, 0),
+    log_probs=log_probs,
+    top_tokens=top_tokens,
+    top_log_probs=top_log_probs,
+    accepted=jnp.where(active, emitted.accepted, 0),
+    drafted=jnp.where(active, drafts, 0),
+    all_log_probs=jax.nn.log_softmax(emitted.logits[:, 0] / _temperature(slots.sampling)),
   )
 
 

@@ -88,10 +88,13 @@ class Emitted(NamedTuple):
     tokens: int32 [batch, m + 1], of which the first `accepted` + 1 are meant; the last of them is
       the new root.
     accepted: int32 [batch], candidates.
+    logits: the model's, as it gave them, that each of the tokens was chosen from, float32
+      [batch, m + 1, vocab].
   """
 
   tokens: Array
   accepted: Array
+  logits: Array
 
 
 class Statistics(NamedTuple):
@@ -266,7 +269,8 @@ def one_round(
     tree.mask,
   )
   hidden = model.head_input(x)
-  log_p = jax.nn.log_softmax(adjusted(model.logits(hidden[:, :nodes])))
+  logits = model.logits(hidden[:, :nodes])
+  log_p = jax.nn.log_softmax(adjusted(logits))
   best, accepted = verify_tree(
     tokens[:, :nodes],
     log_p,
@@ -296,7 +300,8 @@ def one_round(
     available=stays(guesses.available, tree.available[row, best]),
     positions=guesses.positions + grown,
   )
-  return after, Emitted(emitted, accepted)
+  # Nodes are the first inputs, so that a path of inputs is one of nodes.
+  return after, Emitted(emitted, accepted, logits[row[:, None], path])
 
 
 def _candidates(logits: Array) -> Array:

@@ -10,6 +10,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import openai
 import pytest
@@ -23,6 +24,8 @@ from apps.serving.server import Settings, make_app
 from common.data.tokenizer import load_tokenizer
 from common.decoding import continuous
 from common.decoding.generation import generate
+from common.decoding.prompt_tokens import PromptTokens
+from common.decoding.prompt_tree import tree_tables
 from common.decoding.pruned_cache import Compression
 from common.errors import UserError
 from common.quantization.calibration import rtn_block
@@ -395,6 +398,32 @@ def test_with_a_draft_model_the_text_is_the_same(model, tokenizer):
       assert engine.counts.drafted > 0
       with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "a"}])
+
+
+def test_with_prompt_tokens_the_text_is_the_same(model, tokenizer):
+  rng = np.random.default_rng(0)
+  embeddings = jnp.asarray(rng.normal(size=(2, 1, CONFIG.hidden_size)), jnp.float32)
+  prompt_tokens = PromptTokens(embeddings, jnp.zeros((2, 1)), jnp.zeros((2, CONFIG.hidden_size)))
+  trees = tree_tables([{(): 2}] + [{(): 2} | {(r,): 2 for r in range(4)}] * 2)
+  options = {"prompt_tokens": prompt_tokens, "trees": trees}
+  engine = make_engine(model, tokenizer, **options)
+  with serve(engine, tokenizer) as (_, port):
+    url = f"http://127.0.0.1:{port}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+      ask = {"model": "small", "prompt": PROMPTS, "max_tokens": 10, "temperature": 0, "logprobs": 1}
+      reply = client.completions.create(**ask)
+      for prompt, choice in zip(PROMPTS, reply.choices):
+        assert choice.text == greedy(model, tokenizer, prompt, 10)
+        assert choice.logprobs.token_logprobs == [
+          max(t.values()) for t in choice.logprobs.top_logprobs
+        ]
+      formatted = client.completions.create(
+        model="small", prompt="a", max_tokens=9, extra_body={"grammar": "root ::= [0-9]{3,5}"}
+      )
+      assert re.fullmatch("[0-9]{3,5}", formatted.choices[0].text)
+  assert engine.counts.drafted > 0
+  with pytest.raises(UserError, match="alone"):
+    make_engine(model, tokenizer, draft=model, **options)
 
 
 def test_everything_together(model, tokenizer):

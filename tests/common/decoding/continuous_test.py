@@ -13,6 +13,8 @@ from common.decoding.bin_packing import best_fit_decreasing
 from common.decoding.continuous import FIRST_SLOT, NewTexts, empty_slots
 from common.decoding.generation import RowSampling, Sampling, adjust, adjust_rows, generate
 from common.decoding.prepacking import PackedPrompts, pack
+from common.decoding.prompt_tokens import PromptTokens, with_prompt_tokens
+from common.decoding.prompt_tree import tree_tables
 from common.decoding.pruned_cache import Compression, compress, observe, run_pruned
 from common.decoding.speculative import constant
 from projects.think.think import query_driven_scores
@@ -193,3 +195,39 @@ def generate_pruned_by_row(model, prompts, compression):
       text.append(int(model.head(x)[0, 0].argmax()))
     texts.append(text[1:])
   return texts
+
+
+@pytest.mark.parametrize("sampling", (GREEDY, Sampling(temperature=1.0, top_k=20)), ids=str)
+def test_trees_give_the_text_of_single_steps(sampling):
+  """Of a small vocabulary, in which random candidates are right now and then."""
+  config = dataclasses.replace(ARCHITECTURES["qwen2, grouped-query"], vocab_size=12)
+  model = random_decoder(config)
+  rng = np.random.default_rng(0)
+  width = config.hidden_size
+  prompt_tokens = PromptTokens(
+    jnp.asarray(rng.normal(size=(2, 1, width)), jnp.float32),
+    jnp.zeros((2, 1)),
+    jnp.zeros((2, width)),
+  )
+  trees = tree_tables(
+    [{(): 2}] + [{(): 2} | {(r,): (r + k) % 3 for r in range(10)} for k in range(2)]
+  )
+  prompted = with_prompt_tokens(model, prompt_tokens)
+  prompts = [[5, 6, 7], [9], [1, 2, 3, 4, 5]]
+  slots = empty_slots(model, SLOTS, LENGTH)
+  slots = admit(slots, (model, None), prompts, [2, 0, 3], [1, 2, 3], sampling)
+  active = [True, False, True, True]
+  slots, expected = run(slots, (model, None), 12, active, False)
+  slots = empty_slots(model, SLOTS, LENGTH + trees.sources.shape[1], trees=trees)
+  slots = admit(slots, (prompted, None), prompts, [2, 0, 3], [1, 2, 3], sampling)
+  texts, accepted = {row: [] for row in expected}, 0
+  limit = jnp.array([9, 9, 9, 0])  # The last row takes no candidates.
+  while any(len(text) < 12 for text in texts.values()):
+    slots, new = continuous.verify_trees(
+      *nnx.split(prompted), slots, jnp.array(active), None, limit, trees, prompt_tokens, 0
+    )
+    accepted += np.asarray(new.accepted)
+    for row, text in texts.items():
+      text += np.asarray(new.tokens)[row, : new.counts[row]].tolist()
+  assert {row: text[:12] for row, text in texts.items()} == expected
+  assert accepted[[0, 2]].all() and not accepted[[1, 3]].any()
