@@ -1,6 +1,7 @@
 """What each part of the server adds, one by one and all together.
 
-  .venv/bin/python -m benchmarks.serving.features
+  ./run.sh ppd --workdir=runs/ppd-default
+  .venv/bin/python -m benchmarks.serving.features --prompt_tokens=runs/ppd-default/prompts_0.safetensors
 
 Every row is a server of its own (`./run.sh serve`), which answers the same prompts, pieces of
 held-out documents, of heavy-tailed lengths, greedily, for some clients at once, twice: the second time
@@ -22,28 +23,31 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app
+from absl import app, flags
 
 from benchmarks.serving import measured_server
 from common.data.sources import load_documents
 from common.reporting.report import environment
 
+_PROMPT_TOKENS = flags.DEFINE_string("prompt_tokens", None, "of lm-small", required=True)
+
 OUT = pathlib.Path("benchmarks/serving")
 PROMPTS, CLIENTS, NEW_TOKENS, SLOTS = 64, 16, 32, 16
 PRUNING = ("--key_pruning=0.4", f"--max_new_tokens={NEW_TOKENS}")
 DRAFT = ("--num_drafts=3",)
-# {name: (quantized weights, flags)}
+# {name: (quantized weights, flags)}; files that are made or given are added.
 ROWS = {
   "plain": (False, ("--nopacked_prefill",)),
   "packed prefill": (False, ()),
   "4-bit weights": (True, ()),
   "ThinK, 0.4": (False, PRUNING),
   "drafts": (False, DRAFT),
+  "prompt tokens": (False, ()),
   "all": (True, (*PRUNING, *DRAFT)),
   "all, without drafts": (True, PRUNING),
 }
 # Rows that must give the same text.
-SAME = (("plain", "packed prefill", "drafts"), ("all", "all, without drafts"))
+SAME = (("plain", "packed prefill", "drafts", "prompt tokens"), ("all", "all, without drafts"))
 
 
 def prompts() -> list[str]:
@@ -126,12 +130,14 @@ def main(_) -> None:
     quantized = quantize(pathlib.Path(folder))
     size = lambda path: sum(f.stat().st_size for f in path.glob("*.safetensors")) / 2**20
     sizes = {False: size(quantized.parent / "model"), True: size(quantized)}
-    for name, (is_quantized, flags) in ROWS.items():
+    for name, (is_quantized, options) in ROWS.items():
       model = quantized if is_quantized else "lm-small"
-      if DRAFT[0] in flags:
-        flags = (*flags, f"--draft={quantized.parent / 'draft'}")
-      flags = (f"--model={model}", f"--slots={SLOTS}", "--max_length=512", *flags)
-      with measured_server.start(*flags) as (url, _):
+      if DRAFT[0] in options:
+        options = (*options, f"--draft={quantized.parent / 'draft'}")
+      if name == "prompt tokens":
+        options = (f"--prompt_tokens={_PROMPT_TOKENS.value}",)
+      options = (f"--model={model}", f"--slots={SLOTS}", "--max_length=512", *options)
+      with measured_server.start(*options) as (url, _):
         results[name] = asyncio.run(measure(url, texts))
       results[name]["weights_megabytes"] = sizes[is_quantized]
       print(f"{name}: {results[name]['tokens_per_second']:.0f} tokens/s", flush=True)
