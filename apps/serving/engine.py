@@ -33,14 +33,15 @@ from common.decoding.speculative import Policy, constant
 from common.errors import UserError
 from common.models.decoder import Decoder
 
-_WIDTHS = tuple(32 * 4**i for i in range(10))
+_WIDTHS = tuple(32 * 4**i for i in range(10))  # Of packed rows, up to the longest prompt's.
 
 
 class _Row:
-  """A job in a slot."""
+  """A job that waits for a slot or has one."""
 
-  def __init__(self, job: Job, text: TextStream):
-    self.job, self.text, self.count = job, text, 0
+  def __init__(self, job: Job, tokenizer: tokenizers.Tokenizer):
+    self.job, self.count = job, 0
+    self.text = TextStream(tokenizer, job.prompt, job.stop)
 
 
 class Engine:
@@ -142,7 +143,7 @@ class Engine:
       leaf.nbytes for leaf in jax.tree.leaves((self._state.pair.target, self._state.pair.draft))
     )
     self._rows: list[_Row | None] = [None] * slots
-    self._queue: collections.deque[Job] = collections.deque()
+    self._queue: collections.deque[_Row] = collections.deque()
     self._cancelled: set[Job] = set()
     self._changed = threading.Condition()
     self._closing = self._failed = False
@@ -190,12 +191,13 @@ class Engine:
           f"here a prompt may have {self.max_prompt} tokens, a text {self.max_new_tokens}, and both "
           f"together {self.max_length}: shorten the prompt or lower max_tokens"
         )
+    rows = [_Row(job, self._tokenizer) for job in jobs]
     with self._changed:
       if self._closing or self._failed:
         raise Busy("the server is shutting down")
       if len(self._queue) + len(jobs) > self._max_queue:
         raise Busy(f"{len(self._queue)} requests are waiting already; try again later")
-      self._queue.extend(jobs)
+      self._queue.extend(rows)
       self._changed.notify()
 
   def cancel(self, *jobs: Job) -> None:
@@ -208,8 +210,7 @@ class Engine:
     """Cancels what is left and ends the thread."""
     with self._changed:
       self._closing = True
-      self._cancelled |= set(self._queue)
-      self._cancelled |= {row.job for row in self._rows if row is not None}
+      self._cancelled |= {row.job for row in (*self._queue, *self._rows) if row is not None}
       self._changed.notify()
     if self._thread.is_alive():
       self._thread.join()
@@ -239,12 +240,12 @@ class Engine:
         if self._closing and not self.active and not self._queue:
           return
         free = [slot for slot, row in enumerate(self._rows) if row is None]
-        jobs = self._next_jobs(len(free))
-        for slot, job in zip(free, jobs):
-          self._rows[slot] = _Row(job, TextStream(self._tokenizer, job.prompt, job.stop))
+        rows = self._next_rows(len(free))
+        for slot, row in zip(free, rows):
+          self._rows[slot] = row
       try:
-        if jobs:
-          self._read(jobs, free[: len(jobs)])
+        if rows:
+          self._read([row.job for row in rows], free[: len(rows)])
         if self.active:
           self._step()
       except Exception as error:  # The device's state is lost: nothing can go on.
@@ -252,17 +253,16 @@ class Engine:
         self._fail(error)
         return
 
-  def _next_jobs(self, free: int) -> list[Job]:
+  def _next_rows(self, free: int) -> list[_Row]:
     """Takes jobs for the free slots from the queue, as many as one pass reads."""
-    jobs = []
-    while self._queue and len(jobs) < free:
-      more = [*jobs, self._queue[0]]
-      width = self._width(more)
-      if jobs and len(self._bins(more, width)) > self._rows_of_pass(width):
+    rows = []
+    while self._queue and len(rows) < free:
+      jobs = [row.job for row in (*rows, self._queue[0])]
+      width = self._width(jobs)
+      if rows and len(self._bins(jobs, width)) > self._rows_of_pass(width):
         break
-      jobs = more
-      self._queue.popleft()
-    return jobs
+      rows.append(self._queue.popleft())
+    return rows
 
   def _width(self, jobs: list[Job]) -> int:
     """Slots of a packed row that holds the longest prompt."""
@@ -279,11 +279,11 @@ class Engine:
     return 1 << (most.bit_length() - 1)
 
   def _drop_cancelled(self) -> None:
-    gone = [job for job in self._queue if job in self._cancelled]
-    for job in gone:
-      self._queue.remove(job)
+    gone = [row for row in self._queue if row.job in self._cancelled]
+    for row in gone:
+      self._queue.remove(row)
       self.counts.cancelled += 1
-      job.emit(End("", "cancelled"))
+      row.job.emit(End("", "cancelled"))
     for slot, row in enumerate(self._rows):
       if row is not None and row.job in self._cancelled:
         self._end(slot, "cancelled")
@@ -298,8 +298,8 @@ class Engine:
     for slot in range(self.slots):
       if self._rows[slot] is not None:
         self._end(slot, "error", message)
-    for job in waiting:
-      job.emit(End("", "error", message))
+    for row in waiting:
+      row.job.emit(End("", "error", message))
 
   def _read(self, jobs: list[Job], slots: list[int]) -> None:
     """Reads prompts in one packed pass, and moves them into their slots."""
@@ -360,8 +360,12 @@ class Engine:
     self.counts.row_passes += int(active.sum()) * passes
     self.counts.drafted += int(host.drafted.sum())
     self.counts.accepted += int(host.accepted.sum())
-    for slot in np.flatnonzero(active):
-      self._hand_out(int(slot), host, all_log_probs)
+    for slot in np.flatnonzero(active).tolist():
+      try:
+        self._hand_out(slot, host, all_log_probs)
+      except Exception:  # Of one text, its tokenizer or its constraint: the others go on.
+        logging.exception("a text failed")
+        self._end(slot, "error", "the text could not be decoded")
 
   def _advance(
     self, active: np.ndarray, bias: np.ndarray | None, top: int, limit: np.ndarray
@@ -420,14 +424,9 @@ class Engine:
       self.counts.new_tokens += 1
       ended = token in self._stop_tokens
       if row.job.constraint is not None:
-        try:
-          ended |= row.job.constraint.advance(token, lambda: np.asarray(all_log_probs[slot]))
-          if row.job.finish and (ended or row.count == row.job.max_new_tokens):
-            row.job.finish(ended)
-        except Exception:
-          logging.exception("a constraint failed")
-          self._end(slot, "error", "the constraint of the text failed")
-          return
+        ended |= row.job.constraint.advance(token, lambda: np.asarray(all_log_probs[slot]))
+        if row.job.finish and (ended or row.count == row.job.max_new_tokens):
+          row.job.finish(ended)
       if ended:
         self._end(slot, "stop")
         return

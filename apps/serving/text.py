@@ -18,7 +18,7 @@ class TextStream:
     self._tokenizer = tokenizer
     context = list(prompt[-_CONTEXT:])
     self._decoder = tokenizers.decoders.DecodeStream(ids=context, skip_special_tokens=True)
-    self._stop = [text for text in stop if text]
+    self.stop = [text for text in stop if text]
     self._held = ""
     self.stopped = False
 
@@ -27,13 +27,13 @@ class TextStream:
     if self.stopped:
       return ""
     self._held += self._decoder.step(self._tokenizer, token) or ""
-    found = [at for at in map(self._held.find, self._stop) if at >= 0]
+    found = [at for at in map(self._held.find, self.stop) if at >= 0]
     if found:
       self.stopped = True
       text, self._held = self._held[: min(found)], ""
       return text
     # What may be the beginning of a stop string is held back.
-    keep = max((_overlap(self._held, text) for text in self._stop), default=0)
+    keep = max((_overlap(self._held, text) for text in self.stop), default=0)
     text = self._held[: len(self._held) - keep]
     self._held = self._held[len(self._held) - keep :]
     return text

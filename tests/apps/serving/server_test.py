@@ -21,6 +21,7 @@ from apps.serving.chat import compile_template
 from apps.serving.constraints import Constraints
 from apps.serving.engine import Engine
 from apps.serving.server import Settings, make_app
+from apps.serving.text import TextStream
 from common.data.tokenizer import load_tokenizer
 from common.decoding import continuous
 from common.decoding.generation import generate
@@ -489,6 +490,23 @@ def test_after_the_warm_up_nothing_compiles(model, tokenizer):
         reply = client.completions.create(model="small", prompt=prompts, max_tokens=5)
         assert len(reply.choices) == len(lengths)
   assert (continuous.admit._cache_size(), continuous.decode._cache_size()) == compiled
+
+
+def test_a_text_that_fails_leaves_the_others_alone(model, tokenizer, monkeypatch):
+  engine = make_engine(model, tokenizer)
+  add = TextStream.add
+
+  def fail_once(stream, token):
+    if stream.stop == ["fail"]:
+      raise RuntimeError("invalid prefix")
+    return add(stream, token)
+
+  monkeypatch.setattr(TextStream, "add", fail_once)
+  with serve(engine, tokenizer) as address:
+    body = {"model": "small", "prompt": "a", "temperature": 0, "max_tokens": 4}
+    status, text = post(address, json.dumps(body | {"stop": "fail"}))
+    assert status == 500 and "could not be decoded" in text
+    assert post(address, json.dumps(body))[0] == 200
 
 
 def test_engines_that_cannot_work(model, tokenizer):
