@@ -3,15 +3,16 @@
 libtpu writes the final bundles (one per cycle) of every operation that it compiles, if it is told so
 before it is loaded: import this module before anything starts a backend. Loops are weighed by their
 trip counts. What a kernel does under a condition is a predicated region of its own: where it is not
-run in every step of the grid, the caller says how often. Waiting for memory is not in the schedule:
-a program takes at least the larger of its cycles and of its bytes over the bandwidth.
+run in every step of the grid, the caller says how often, and so of a loop whose trips vary. Waiting
+for memory is not in the schedule: a program takes at least the larger of its cycles and of its
+bytes over the bandwidth.
 """
 
 import glob
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _FOLDER = tempfile.TemporaryDirectory()
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_FOLDER.name} --xla_jf_dump_llo_text=true"
@@ -39,9 +40,10 @@ def schedule(
   function: Callable,
   shapes: Sequence[jax.ShapeDtypeStruct],
   chip: str,
-  regions: Sequence[int] = (),
+  regions: Sequence[float] | Mapping[str, Sequence[float]] = (),
   small_region: int = 64,
-) -> tuple[dict[str, int], float]:
+  loops: Sequence[float] | Mapping[str, Sequence[float]] = (),
+) -> tuple[dict[str, float], float]:
   """Cycles by operation of one core, and the program's HBM bytes.
 
   Args:
@@ -49,8 +51,11 @@ def schedule(
     shapes: of its arguments.
     chip: "v5e", "v5p" or "v6e".
     regions: how often each large predicated region within the step of a Pallas kernel runs, in the
-      order of the program.
+      order of the program; of several kernels by what their names contain.
     small_region: at most so many bundles are bookkeeping of the pipeline, counted as if always run.
+    loops: trips of each loop of a Pallas kernel without a constant number of them, on average, in
+      the order of the program, likewise; 1 by default. Regions in a loop are counted for each time
+      that the loop starts.
 
   On a chip of two cores (v5p) both run the program, each for its part of the trips.
   """
@@ -63,14 +68,26 @@ def schedule(
     name = re.search(r"/\d+-([^<>]*)-\d+-final_bundles\.txt$", path)
     if name and "schedule-analysis" not in path:
       with open(path) as f:
-        cycles[name[1]] = count_cycles(f.read(), regions, small_region)
+        given = [_of_operation(name[1], weights) for weights in (regions, loops)]
+        cycles[name[1]] = count_cycles(f.read(), given[0], small_region, given[1])
   # At least what is passed in and out: the text hides how some large weights come on chip.
   memory = compiled.memory_analysis()
   passed = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return cycles, max(cost(text).hbm_bytes, passed)
 
 
-def count_cycles(text: str, regions: Sequence[int] = (), small_region: int = 64) -> int:
+def _of_operation(name: str, weights) -> Sequence[float]:
+  if not isinstance(weights, Mapping):
+    return weights
+  return next((of for part, of in weights.items() if part in name), ())
+
+
+def count_cycles(
+  text: str,
+  regions: Sequence[float] = (),
+  small_region: int = 64,
+  loops: Sequence[float] = (),
+) -> float:
   """Bundles of a `final_bundles.txt`, weighed by trip counts; see `schedule`."""
   bundles, depth = [], 0
   for line in text.splitlines():
@@ -79,24 +96,27 @@ def count_cycles(text: str, regions: Sequence[int] = (), small_region: int = 64)
       # An empty bundle is printed without the marks of its depth.
       depth = depth if body.lstrip().startswith("}") else marks.count(">")
       bundles.append((depth, body))
-  return _count(bundles, 0, len(bundles), 0, iter(regions), small_region)
+  return _count(bundles, 0, len(bundles), 0, (iter(regions), iter(loops)), small_region)
 
 
-def _count(bundles, first: int, end: int, depth: int, regions, small: int) -> int:
+def _count(bundles, first: int, end: int, depth: int, given, small: int) -> float:
   total, i = 0, first
   while i < end:
     if bundles[i][0] == depth:
       total, i = total + 1, i + 1
       continue
     stop = next((j for j in range(i, end) if bundles[j][0] <= depth), end)
-    total += _count_loop(bundles, i, stop, depth + 1, regions, small)
+    total += _count_loop(bundles, i, stop, depth + 1, given, small)
     i = stop
   return total
 
 
-def _count_loop(bundles, first: int, end: int, depth: int, regions, small: int) -> int:
+def _count_loop(bundles, first: int, end: int, depth: int, given, small: int) -> float:
+  regions, loops = given
   exits = [_EXIT.search(bundles[j][1]) for j in range(first, end) if bundles[j][0] == depth]
-  trips = next((int(found[1]) for found in reversed(exits) if found), 1)
+  trips = next((int(found[1]) for found in reversed(exits) if found), None)
+  if trips is None:
+    trips = next(loops, 1) if depth > 1 else 1  # The grid is the outermost loop.
   step, conditional = _predicated(bundles, range(first, end), depth, small)
   # The pipeline's first trip only starts to read, and its last one only waits for what is written.
   steps = trips - 2 if step and trips > 2 else trips
@@ -106,10 +126,10 @@ def _count_loop(bundles, first: int, end: int, depth: int, regions, small: int) 
   total = 0
   for at, part_end, times in parts:
     for start, stop in (region for region in conditional if at <= region[0] < part_end):
-      total += times * _count(bundles, at, start, depth, regions, small)
-      total += next(regions, times) * _count(bundles, start, stop, depth, regions, small)
+      total += times * _count(bundles, at, start, depth, given, small)
+      total += next(regions, times) * _count(bundles, start, stop, depth, given, small)
       at = stop
-    total += times * _count(bundles, at, part_end, depth, regions, small)
+    total += times * _count(bundles, at, part_end, depth, given, small)
   return total
 
 

@@ -16,7 +16,6 @@ from kernels.attention.masks import (
   all_may_attend,
   block_spans,
   blocks_that_meet,
-  may_attend,
 )
 
 Array = jax.Array
@@ -29,6 +28,7 @@ _VMEM_BYTES = 64 * 2**20
 LOG2_E = math.log2(math.e)
 # A score that is not allowed: finite, so that differences of two are 0 and not NaN.
 FORBIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)
+_NO_SEGMENT = jnp.iinfo(jnp.int32).min
 
 
 class Settings(NamedTuple):
@@ -44,6 +44,12 @@ class Settings(NamedTuple):
 def ids(tokens: Tokens) -> Array:
   """int32 [batch, 2, tokens]: positions and segment ids as rows."""
   return jnp.stack(tokens, axis=1)
+
+
+def key_ids(keys: Tokens) -> Array:
+  """As `ids`, padding in a segment of no query: that spares a comparison for every score."""
+  segments = jnp.where(keys.segment_ids == 0, _NO_SEGMENT, keys.segment_ids)
+  return ids(Tokens(keys.positions, segments))
 
 
 def ranges_of(meet: Array) -> Array:
@@ -68,11 +74,13 @@ def resident_tokens(block: int, limit: int, *arrays: Array) -> int:
   return block * max(fits, default=1)
 
 
-def visit(ranges, index, part, blocks: int, is_whole, body) -> None:
+def visit(ranges, index, part, blocks: int, is_whole, body, in_pairs: bool = False) -> None:
   """Calls body(j, masked) for the blocks of this resident part that are in the range at `index`.
 
   Most blocks are whole, all their queries may attend to all their keys: there the mask, a good part
   of the work, is left out. is_whole: (the block's number among all) -> bool.
+
+  in_pairs: calls body(j, False, 2) for two whole blocks on end, whose work overlaps.
   """
   first = jnp.maximum(ranges[0, *index] - part * blocks, 0)
   end = jnp.minimum(ranges[1, *index] - part * blocks, blocks)
@@ -82,7 +90,18 @@ def visit(ranges, index, part, blocks: int, is_whole, body) -> None:
     pl.when(whole)(lambda: body(j, False))
     pl.when(~whole)(lambda: body(j, True))
 
-  jax.lax.fori_loop(first, end, visit, None)
+  def visit_two(i, _):
+    j = first + 2 * i
+    # Spans are read of blocks that there are.
+    second = jnp.minimum(j + 1, end - 1)
+    both = (second > j) & is_whole(part * blocks + j) & is_whole(part * blocks + second)
+    pl.when(both)(lambda: body(j, False, 2))
+    jax.lax.fori_loop(j, jnp.where(both, j, second + 1), visit, None)
+
+  if in_pairs and blocks > 1:
+    jax.lax.fori_loop(0, div(jnp.maximum(end - first, 0) + 1, 2), visit_two, None)
+  else:
+    jax.lax.fori_loop(first, end, visit, None)
 
 
 def is_whole(query_spans, key_spans, rule: Rule, b, i, j):
@@ -141,8 +160,18 @@ def scores_of(
     distance = queries.positions - keys.positions
     scores = scores - (slope * LOG2_E) * distance.astype(jnp.float32)
   if masked:
-    scores = jnp.where(may_attend(queries, keys, settings.rule), scores, FORBIDDEN)
+    scores = jnp.where(_may_attend(queries, keys, settings.rule), scores, FORBIDDEN)
   return scores
+
+
+def _may_attend(queries: Tokens, keys: Tokens, rule: Rule) -> Array:
+  """`masks.may_attend` of keys of `key_ids`, with as few operations for a score as there are."""
+  allowed = queries.segment_ids == keys.segment_ids
+  if rule.causal:
+    allowed &= queries.positions >= keys.positions
+  if rule.sliding_window is not None:
+    allowed &= queries.positions - rule.sliding_window < keys.positions
+  return allowed
 
 
 class OverQueries(NamedTuple):

@@ -1,6 +1,7 @@
 """The forward kernel of `mosaic_tpu`."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from kernels.attention.tpu_blocks import (
   dot,
   ids,
   is_whole,
+  key_ids,
   over_queries,
   scalars,
   scores_of,
@@ -26,6 +28,7 @@ from kernels.attention.tpu_blocks import (
 Array = jax.Array
 
 _RESIDENT_WITH_BIAS = 1024  # Tokens.
+_CHUNK = 256  # Keys.
 
 
 def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
@@ -36,7 +39,7 @@ def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
   limit = count if bias is None else _RESIDENT_WITH_BIAS
   over = over_queries(query, key, value, limit, settings)
   specs = over.specs
-  arrays = [query, key, value, ids(queries), ids(keys)]
+  arrays = [query, key, value, ids(queries), key_ids(keys)]
   if bias is not None:
 
     def of_bias(b, h, i, part, ranges, *_):
@@ -73,7 +76,7 @@ def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
 def _forward_kernel(
   ranges, query_spans, key_spans, slopes, *refs, settings: Settings, has_bias: bool
 ):
-  query, key, value, query_ids, key_ids, *rest = refs
+  query, key, value, query_ids, all_keys, *rest = refs
   bias, (out, lse, largest, total, sums) = (rest[0], rest[1:]) if has_bias else (None, rest)
   b, h, i, part = (pl.program_id(axis) for axis in range(4))
   block = settings.key_block
@@ -85,11 +88,23 @@ def _forward_kernel(
     sums[...] = jnp.zeros_like(sums)
 
   queries = as_rows(query_ids)
+  chunk = math.gcd(block, _CHUNK)
 
-  def attend(j, masked):
-    rows = pl.ds(pl.multiple_of(j * block, block), block)
-    keys = as_columns(key_ids, rows)
-    products = dot(key[0, 0, rows, :], query[0, 0], (1, 1))
+  def attend(j, masked, blocks=1):
+    chunks = [
+      pl.ds(pl.multiple_of(j * block + start, chunk), chunk)
+      for start in range(0, blocks * block, chunk)
+    ]
+    product = lambda rows: dot(key[0, 0, rows, :], query[0, 0], (1, 1))
+    products = product(chunks[0])
+    for rows, following in zip(chunks, [*chunks[1:], None]):
+      # The matrix unit works on the next products meanwhile: the compiler keeps this order.
+      later = None if following is None else product(following)
+      update(rows, products, masked)
+      products = later
+
+  def update(rows, products, masked):
+    keys = as_columns(all_keys, rows) if masked or settings.alibi else None
     scores = scores_of(products, queries, keys, slopes[h], masked, settings)
     if bias is not None:
       scores = scores + bias[0, 0, rows, :] * LOG2_E
@@ -98,18 +113,18 @@ def _forward_kernel(
     # Where every key so far is forbidden this is 1, and of no account: see below.
     weights = jnp.exp2(scores - now)
     correction = jnp.exp2(before - now)
-    v = value[0, 0, rows, :]
-    sums[...] = correction * sums[...] + dot(v, weights.astype(v.dtype), (0, 0))
     total[...] = correction * total[...] + weights.sum(axis=0, keepdims=True)
     largest[...] = now
+    v = value[0, 0, rows, :]
+    sums[...] = correction * sums[...] + dot(v, weights.astype(v.dtype), (0, 0))
 
   whole = lambda j: is_whole(query_spans, key_spans, settings.rule, b, i, j)
-  visit(ranges, (b, i), part, key.shape[2] // block, whole, attend)
+  visit(ranges, (b, i), part, key.shape[2] // block, whole, attend, in_pairs=True)
 
   @pl.when(part == pl.num_programs(3) - 1)
   def _():
     # A row that may attend to nothing gives zeros, and weights of 0 backward.
     some = largest[...] > FORBIDDEN / 2
-    mean = jnp.where(some, sums[...] / jnp.where(some, total[...], 1), 0)
+    mean = sums[...] * jnp.where(some, 1 / total[...], 0)
     out[0, 0] = mean.T.astype(out.dtype)
     lse[0, 0] = jnp.where(some, largest[...] + jnp.log2(total[...]), jnp.inf)

@@ -27,8 +27,9 @@ def decode_attention(
   sliding_window: int | None = None,
   alibi_slopes: Array | None = None,
   scale: float | None = None,
+  return_log_sum_exp: bool = False,
   implementation: Literal["xla", "mosaic_tpu"] | None = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
   """softmax(scale query key^T) value over slots starts ... lengths - 1 of each row's cache.
 
   The query stands at the last of these slots. A row without any gives zeros.
@@ -48,11 +49,15 @@ def decode_attention(
     sliding_window: slots that the query sees, its own included.
     alibi_slopes: [heads]; slope * (slot - the query's slot) is added to the scores.
     scale: 1 / sqrt(key_dim) by default.
+    return_log_sum_exp: whether to return a second array, with which the results over the parts of
+      a cache, each of its own call, are joined exactly: the average with weights exp(log_sum_exp).
     implementation: "xla" for any platform; "mosaic_tpu", which reads the slots of each row only;
       None picks the best that supports the arguments: mosaic_tpu in a process with one TPU.
 
   Returns:
-    [batch, heads, value_dim] in query's dtype; scores and softmax are float32.
+    [batch, heads, value_dim] in query's dtype; scores and softmax are float32. With
+    `return_log_sum_exp` also log(sum(exp(scores))), float32 [batch, heads], which is -inf in a row
+    without slots.
 
   Raises:
     ValueError: shapes or types that do not belong together, or what the named implementation lacks.
@@ -81,7 +86,7 @@ def decode_attention(
   if implementation is None and not problem and has_one_tpu():
     implementation = "mosaic_tpu"
   chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
-  return chosen.decode_attention(
+  out, log_sum_exp = chosen.decode_attention(
     query,
     keys,
     values,
@@ -93,6 +98,7 @@ def decode_attention(
     alibi_slopes=alibi_slopes,
     scale=1 / math.sqrt(key_dim) if scale is None else scale,
   )
+  return (out, log_sum_exp) if return_log_sum_exp else out
 
 
 def quantize_tokens(x: Array, dtype) -> tuple[Array, Array]:

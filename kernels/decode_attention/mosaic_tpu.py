@@ -45,8 +45,8 @@ def decode_attention(
   value_scales: Array | None,
   alibi_slopes: Array | None,
   scale: float,
-) -> Array:
-  """As `api.decode_attention`, with the sliding window within `starts`."""
+) -> tuple[Array, Array]:
+  """As `api.decode_attention`, with the sliding window within `starts`; also the log-sum-exp."""
   batch, heads, key_dim = query.shape
   _, kv_heads, slots, value_dim = values.shape
   group = heads // kv_heads
@@ -97,7 +97,7 @@ def decode_attention(
       for part in range(parts):
         specs.append(pl.BlockSpec((1, heads_at_once, 1, block), rows_of(part, False)))
         arrays.append(scales.astype(jnp.float32)[:, :, None])
-  out = pl.pallas_call(
+  out, log_sum_exp = pl.pallas_call(
     functools.partial(
       _kernel,
       parts=parts,
@@ -110,20 +110,27 @@ def decode_attention(
       num_scalar_prefetch=4,
       grid=(batch, kv_heads // heads_at_once, blocks),
       in_specs=specs,
-      out_specs=pl.BlockSpec((1, heads_at_once, group, value_dim), whole_head),
+      out_specs=[
+        pl.BlockSpec((1, heads_at_once, group, value_dim), whole_head),
+        pl.BlockSpec((1, heads_at_once, group, LANES), whole_head),
+      ],
       scratch_shapes=[
         pltpu.VMEM((heads_at_once, group, LANES), jnp.float32),
         pltpu.VMEM((heads_at_once, group, LANES), jnp.float32),
         pltpu.VMEM((heads_at_once, group, value_dim), jnp.float32),
       ],
     ),
-    out_shape=jax.ShapeDtypeStruct((batch, kv_heads, group, value_dim), query.dtype),
+    out_shape=[
+      jax.ShapeDtypeStruct((batch, kv_heads, group, value_dim), query.dtype),
+      # Equal along the lanes: a number for each row of a register.
+      jax.ShapeDtypeStruct((batch, kv_heads, group, LANES), jnp.float32),
+    ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
     ),
     name="decode_attention",
   )(starts, lengths, page_table, slopes.astype(jnp.float32), *arrays)
-  return out.reshape(batch, heads, value_dim)
+  return out.reshape(batch, heads, value_dim), log_sum_exp[..., 0].reshape(batch, heads)
 
 
 def _within(j, start, length, block: int):
@@ -156,7 +163,7 @@ def _kernel(
   take = lambda there: [refs.pop(0) for _ in range(parts)] if there else None
   keys, key_scales = take(True), take(scaled[0])
   values, value_scales = take(True), take(scaled[1])
-  out, largest, total, sums = refs
+  out, log_sum_exp, largest, total, sums = refs
   b, h, j = (pl.program_id(axis) for axis in range(3))
   _, heads_at_once, group, _ = query.shape
   start, length, first = starts[b], lengths[b], j * parts * block
@@ -201,6 +208,8 @@ def _kernel(
     some = largest[:, :, :1] > FORBIDDEN / 2
     mean = jnp.where(some, sums[...] / jnp.where(some, total[:, :, :1], 1), 0)
     out[0] = mean.astype(out.dtype)
+    of_row = (largest[...] + jnp.log2(total[...])) / LOG2_E
+    log_sum_exp[0] = jnp.where(largest[...] > FORBIDDEN / 2, of_row, -jnp.inf)
 
 
 def _widened(x: Array, dtype) -> Array:

@@ -20,8 +20,8 @@ def decode_attention(
   value_scales: Array | None,
   alibi_slopes: Array | None,
   scale: float,
-) -> Array:
-  """As `api.decode_attention`, with the sliding window within `starts`."""
+) -> tuple[Array, Array]:
+  """As `api.decode_attention`, with the sliding window within `starts`; also the log-sum-exp."""
   keys = _dequantized(keys, key_scales, query.dtype)
   values = _dequantized(values, value_scales, query.dtype)
   if page_table is not None:
@@ -33,7 +33,24 @@ def decode_attention(
     distance = slots - (lengths[:, None] - 1)
     bias = alibi_slopes[:, None, None] * distance[:, None, None]
   out = masked_attention(query[:, :, None], keys, values, allowed[:, None, None], bias, scale)
-  return out[:, :, 0]
+  return out[:, :, 0], _log_sum_exp(query, keys, allowed, bias, scale)
+
+
+def _log_sum_exp(query: Array, keys: Array, allowed: Array, bias: Array | None, scale) -> Array:
+  """Of the allowed scores, float32 [batch, heads]. allowed: bool [batch, slots]."""
+  batch, heads, _ = query.shape
+  kv_heads, slots = keys.shape[1:3]
+  scores = jnp.einsum(
+    "bkgd,bksd->bkgs",
+    query.reshape(batch, kv_heads, heads // kv_heads, -1),
+    keys,
+    precision="highest" if query.dtype == jnp.float32 else None,
+    preferred_element_type=jnp.float32,
+  )
+  scores = scores.reshape(batch, heads, slots) * scale
+  if bias is not None:
+    scores += bias[:, :, 0]
+  return jax.nn.logsumexp(jnp.where(allowed[:, None], scores, -jnp.inf), axis=-1)
 
 
 def _dequantized(x: Array, scales: Array | None, dtype) -> Array:

@@ -142,6 +142,38 @@ def test_any_shape(slots, heads, dims, seed):
   np.testing.assert_allclose(found, brute_force(*arrays, starts, lengths), **CLOSE)
 
 
+@pytest.mark.parametrize("implementation", ("xla", "mosaic_tpu"))
+def test_parts_of_a_cache_are_joined_by_their_log_sum_exp(implementation):
+  """Slots before and after a cut in caches of their own; a row has none of the one, or of both."""
+  query, keys, values = cache(slots=200)
+  slopes = jnp.array([0.5, 0.1, 0.3, 0.05])
+
+  def attend(keys, values, lengths, starts, slopes):
+    with pltpu.force_tpu_interpret_mode():
+      return decode_attention(
+        query, keys, values, jnp.array(lengths), starts=jnp.array(starts), alibi_slopes=slopes,
+        return_log_sum_exp=True, implementation=implementation,
+      )  # fmt: skip
+
+  first, first_sum = attend(keys[:, :, :130], values[:, :, :130], [130, 17, 0], [5, 0, 0], None)
+  second, second_sum = attend(keys[:, :, 130:], values[:, :, 130:], [70, 0, 0], [0, 0, 0], None)
+  assert first_sum.shape == (3, 4) and first_sum.dtype == jnp.float32
+  assert (first_sum[2] == -np.inf).all() and (second_sum[1:] == -np.inf).all()
+  whole = np.logaddexp(first_sum, second_sum)
+  weight = lambda part: np.exp(part - np.where(np.isinf(whole), 0, whole))[..., None]
+  joined = weight(first_sum) * first + weight(second_sum) * second
+  np.testing.assert_allclose(
+    joined, brute_force(query, keys, values, [5, 0, 0], [200, 17, 0]), **CLOSE
+  )
+  # With slopes, against float64.
+  _, found = attend(keys, values, [200, 17, 0], [140, 3, 0], slopes)
+  for b, h in np.ndindex(2, 4):
+    slots = np.arange([140, 3][b], [200, 17][b])
+    scores = np.asarray(keys[b, h // 2, slots], np.float64) @ np.asarray(query[b, h]) / 4
+    scores += float(slopes[h]) * (slots - slots[-1])
+    np.testing.assert_allclose(found[b, h], np.log(np.exp(scores).sum()), **CLOSE)
+
+
 def test_codes_are_within_half_a_scale():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 7, 16)), jnp.float32).at[0, 0].set(0)
   for dtype, largest in ((jnp.int8, 127), (jnp.int4, 7)):
