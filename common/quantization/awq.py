@@ -287,7 +287,7 @@ def linear_error(w: Array, x: Array):
   return lambda new: jnp.sum((new - w) * _product(gram, new - w))
 
 
-def _unfused(x: Array) -> Array:
+def unfused(x: Array) -> Array:
   """x (float32) as it is, but computed before what consumes it.
 
   Fused with a sum over its result, a matrix product is several times slower on the CPU.
@@ -297,7 +297,7 @@ def _unfused(x: Array) -> Array:
 
 def _product(a: Array, b: Array) -> Array:
   """a @ b in float32 (accelerators would round the operands to bfloat16), unfused."""
-  return _unfused(jnp.matmul(a, b, precision="highest"))
+  return unfused(jnp.matmul(a, b, precision="highest"))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
@@ -323,7 +323,7 @@ def search_group_scale(graphdef, state, x, context, group: ScalingGroup, setting
     return module(x, context)[0] if group.inspect == "attention" else module(x)
 
   target = inspected(kernels)
-  error = lambda new: _unfused((inspected(new) - target).astype(jnp.float32))
+  error = lambda new: unfused((inspected(new) - target).astype(jnp.float32))
   mean_squared_error = lambda new: jnp.mean(error(new) ** 2)
   return search_scale(mean_squared_error, kernels, s_x, settings)
 

@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.models.decoder import AttentionContext, Block, Decoder
 from common.models.surgery import get_module, linear_paths
 from common.quantization import rtn
+from common.quantization.awq import unfused
 from common.quantization.calibration import (
   GPTQ_STAGES,
   block_hessians,
@@ -120,7 +121,7 @@ def output_error(change: Array, h: Array) -> Array:
     change: of the weights, [in, out].
     h: the inputs' Hessian 2 mean(x x^T), [in, in]; the error is tr(change^T h change) / (2 out).
   """
-  product = jnp.matmul(h, change, precision="highest")
+  product = unfused(jnp.matmul(h, change, precision="highest"))
   return jnp.sum(change * product) / (2 * change.shape[1])
 
 
