@@ -29,10 +29,11 @@ from common.decoding.prompt_tokens import (
 )
 from common.decoding.prompt_tree import Trees
 from common.decoding.pruned_cache import Compression, check_supported
-from common.decoding.speculative import Policy, constant
+from common.decoding.speculative import constant
 from common.errors import UserError
 from common.models.decoder import Decoder
 
+_CHUNK = 4  # Tokens of a row between two looks at the queue.
 _WIDTHS = tuple(32 * 4**i for i in range(10))  # Of packed rows, up to the longest prompt's.
 
 
@@ -57,10 +58,8 @@ class Engine:
     max_queue: int,
     stop_tokens: Sequence[int],
     prefill_tokens: int = 8192,
-    chunk: int = 4,
     draft: Decoder | None = None,
     num_drafts: int = 4,
-    policy: Policy | None = None,
     compression: Compression | None = None,
     max_new_tokens: int | None = None,
     prompt_tokens: PromptTokens | None = None,
@@ -77,10 +76,8 @@ class Engine:
       max_queue: jobs that may wait for a slot.
       stop_tokens: each ends a text.
       prefill_tokens: slots of the packed rows that are read in one pass, unless one row has more.
-      chunk: tokens of a row between two looks at the queue.
       draft: makes every step a speculative one.
       num_drafts: tokens that it proposes at most.
-      policy: when a round of drafts ends; by default after `num_drafts`.
       compression: of the prompts' caches; None leaves them whole.
       max_new_tokens: of a text at most; with compression it says how the room of a row is divided
         (half and half by default), without it there is no limit but max_length.
@@ -106,7 +103,7 @@ class Engine:
       check_prompt_tokens(model, prompt_tokens)
       model = with_prompt_tokens(model, prompt_tokens)
     # A step may write so much beyond the last token that is wanted.
-    slack = chunk if draft is None else num_drafts + 1
+    slack = _CHUNK if draft is None else num_drafts + 1
     if trees is not None:
       slack = trees.sources.shape[1]
     for one in (model, draft):
@@ -131,9 +128,9 @@ class Engine:
     )
     self.counts, self.slots = Counts(), slots
     self._model, self._draft = nnx.split(model), draft if draft is None else nnx.split(draft)
-    self._policy = policy or constant(num_drafts)
+    self._policy = constant(num_drafts)
     self._prompt_tokens, self._trees = prompt_tokens, trees
-    self._num_drafts, self._chunk, self._max_queue = num_drafts, chunk, max_queue
+    self._num_drafts, self._max_queue = num_drafts, max_queue
     self._prefill_tokens = prefill_tokens
     # Few widths of packed rows, so that few programs are compiled.
     self._widths = [width for width in _WIDTHS if width < self.max_prompt] + [self.max_prompt]
@@ -377,7 +374,7 @@ class Engine:
       )
     elif self._draft is None:
       # What is allowed next depends on the token before.
-      steps = 1 if bias is not None else self._chunk
+      steps = 1 if bias is not None else _CHUNK
       self._state, new = continuous.decode(*self._model, self._state, active, bias, steps, top)
     else:
       self._state, new = continuous.speculate(

@@ -15,7 +15,7 @@ from common.compilation.step import Step
 from common.errors import UserError
 from common.models.base import RECIPES
 from common.models.decoder import DecoderConfig
-from common.models.llama_sizes import LLAMA_SIZES
+from common.models.llama_sizes import LLAMA_SIZES, MISTRAL_SIZES
 from common.models.scan import ScannedDecoder, abstract_stack
 from common.models.sharding import PyTree, batch_sharding, cache_shardings, place, shardings
 from common.training.losses import next_token_loss
@@ -24,17 +24,18 @@ from common.training.train_step import TrainState, make_train_step
 
 
 def decoder_config(name_or_path: str) -> DecoderConfig:
-  """The size of a base model, a public Llama (nothing is downloaded) or a directory's model.
+  """The size of a base model, a public Llama or Mistral (nothing is downloaded) or a directory's model.
 
   Raises:
     UserError: there is no such model, or it is not a decoder.
   """
   if name_or_path in RECIPES:
     return RECIPES[name_or_path].config
-  if name_or_path in LLAMA_SIZES:
-    return LLAMA_SIZES[name_or_path]
+  public = LLAMA_SIZES | MISTRAL_SIZES
+  if name_or_path in public:
+    return public[name_or_path]
   if not pathlib.Path(name_or_path).expanduser().exists():
-    known = ", ".join([*LLAMA_SIZES, *RECIPES])
+    known = ", ".join([*public, *RECIPES])
     raise UserError(f"there is no model {name_or_path!r}: give a directory, or one of {known}")
   config = Checkpoint(name_or_path).config
   if not isinstance(config, DecoderConfig):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.decoding import parallel_prompt
+from common.decoding import parallel_prompt, speculative
 from common.decoding.cache import append, length_of, roll_back
 from common.decoding.generation import RowSampling, adjust_rows, categorical, fold_in
 from common.decoding.parallel_prompt import Acceptance, Guesses
@@ -377,18 +377,7 @@ def speculate(
     adjusted,
     limit,
   )
-  log_probs, top_tokens, top_log_probs = _scores(emitted.logits, emitted.tokens, top)
-  tempered = emitted.logits[:, 0] / _temperature(slots.sampling)
-  return slots._replace(pair=pair), NewTokens(
-    tokens=emitted.tokens,
-    counts=jnp.where(active, emitted.accepted + 1, 0),
-    log_probs=log_probs,
-    top_tokens=top_tokens,
-    top_log_probs=top_log_probs,
-    accepted=jnp.where(active, emitted.accepted, 0),
-    drafted=emitted.drafted,
-    all_log_probs=jax.nn.log_softmax(tempered),
-  )
+  return slots._replace(pair=pair), _of_round(emitted, emitted.drafted, active, slots.sampling, top)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 8), donate_argnums=2)
@@ -445,23 +434,34 @@ def verify_trees(
     prompt_logits,
     drawn,
   )
-  log_probs, top_tokens, top_log_probs = _scores(emitted.logits, emitted.tokens, top)
   before = jnp.concatenate([pair.last[:, 1:], emitted.tokens], axis=1)
   before = jnp.take_along_axis(before, emitted.accepted[:, None], axis=1)[:, 0]
   last = jnp.where(active[:, None], jnp.stack([before, after.root], axis=1), pair.last)
-  return slots._replace(
+  slots = slots._replace(
     pair=Pair(after.cache, None, last, after.positions),
     candidates=after.candidates,
     available=after.available,
-  ), NewTokens(
+  )
+  return slots, _of_round(emitted, drafts, active, slots.sampling, top)
+
+
+def _of_round(
+  emitted: speculative.Emitted | parallel_prompt.Emitted,
+  drafted: Array,
+  active: Array,
+  sampling: RowSampling,
+  top: int,
+) -> NewTokens:
+  log_probs, top_tokens, top_log_probs = _scores(emitted.logits, emitted.tokens, top)
+  return NewTokens(
     tokens=emitted.tokens,
     counts=jnp.where(active, emitted.accepted + 1, 0),
     log_probs=log_probs,
     top_tokens=top_tokens,
     top_log_probs=top_log_probs,
     accepted=jnp.where(active, emitted.accepted, 0),
-    drafted=jnp.where(active, drafts, 0),
-    all_log_probs=jax.nn.log_softmax(emitted.logits[:, 0] / _temperature(slots.sampling)),
+    drafted=jnp.where(active, drafted, 0),
+    all_log_probs=jax.nn.log_softmax(emitted.logits[:, 0] / _temperature(sampling)),
   )
 
 

@@ -134,6 +134,12 @@ def sample(logits: Array, key: Array, sampling: Sampling) -> Array:
   return categorical(key, adjust(logits, sampling))
 
 
+def bucket(size: int) -> int:
+  """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... that is not below `size`."""
+  power = 1 << max(size - 1, 0).bit_length()
+  return power * 3 // 4 if power > 2 and size <= power * 3 // 4 else power
+
+
 def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
   """Pads prompts on the left to a multiple of `PROMPT_BUCKET`.
 

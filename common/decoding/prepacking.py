@@ -23,6 +23,7 @@ from common.decoding.generation import (
   Sampled,
   Sampling,
   advance,
+  bucket,
   prepare,
   sample,
   sampling_and_key,
@@ -84,12 +85,6 @@ def pack(prompts: Sequence[Sequence[int]], bins: Bins) -> PackedPrompts:
   return PackedPrompts(
     tokens, positions, segment_ids, prompt_rows, prompt_segments, lengths, last_tokens
   )
-
-
-def bucket(size: int) -> int:
-  """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... that is not below `size`."""
-  power = 1 << max(size - 1, 0).bit_length()
-  return power * 3 // 4 if power > 2 and size <= power * 3 // 4 else power
 
 
 def pad_to_buckets(packed: PackedPrompts) -> PackedPrompts:

@@ -36,9 +36,15 @@ from common.decoding.quantized_cache import (
   quantize_values,
   write_packed,
 )
+from common.decoding.split_attention import (
+  split_attention,
+  split_decode_attention,
+  take_channels,
+)
 from common.errors import UserError
 from common.models.decoder import Decoder, DecoderConfig, write_slots
 from kernels.attention.api import attention
+from kernels.platform import has_one_tpu
 
 Array = jax.Array
 
@@ -190,11 +196,6 @@ def kept_channels(scores: Array, kept: int) -> Array:
   return jnp.sort(jax.lax.top_k(scores, kept)[1], axis=-1).astype(jnp.int32)
 
 
-def take_channels(x: Array, channels: Array) -> Array:
-  """[batch, kv_heads, slots, head_dim] and int32 [batch, kv_heads, kept] -> [.., slots, kept]."""
-  return jnp.take_along_axis(x, channels[:, :, None], axis=3)
-
-
 def compress(
   observed: Observed, segment_ids: Array, compression: Compression, new_tokens: int
 ) -> PrunedCache:
@@ -266,51 +267,6 @@ def _split(keys, values, channels, valid, compression: Compression, new_tokens: 
   return old_keys, old_values, channels, recent(keys), recent(values)
 
 
-def split_attention(
-  query: Array,
-  keys: Array,
-  values: Array,
-  channels: Array,
-  full_keys: Array,
-  full_values: Array,
-  allowed: Array,
-) -> Array:
-  """Attention over a pruned and a full part; scores and softmax are float32.
-
-  Args:
-    query: [batch, heads, seq, head_dim].
-    keys: [batch, kv_heads, slots, kept].
-    values: [batch, kv_heads, slots, head_dim].
-    channels: int32 [batch, kv_heads, kept].
-    full_keys, full_values: [batch, kv_heads, full_slots, head_dim].
-    allowed: bool [batch, seq, slots + full_slots].
-
-  Returns:
-    [batch, heads, seq, head_dim] in query's dtype.
-  """
-  batch, heads, seq, head_dim = query.shape
-  kv_heads, slots = keys.shape[1:3]
-  precision = "highest" if query.dtype == jnp.float32 else None
-  product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-  # The query heads of a group are rows of one product with the head that they share.
-  grouped = query.reshape(batch, kv_heads, -1, head_dim)
-  scores = jnp.concatenate(
-    [
-      product("bkqd,bksd->bkqs", take_channels(grouped, channels), keys),
-      product("bkqd,bksd->bkqs", grouped, full_keys),
-    ],
-    axis=-1,
-  )
-  # The scale is that of the whole head: a score with fewer channels approximates the whole one.
-  scores = (scores / math.sqrt(head_dim)).reshape(batch, heads, seq, -1)
-  scores = jnp.where(allowed[:, None], scores, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-  weights = weights.reshape(batch, kv_heads, -1, scores.shape[-1])
-  out = product("bkqs,bksd->bkqd", weights[..., :slots], values)
-  out += product("bkqs,bksd->bkqd", weights[..., slots:], full_values)
-  return out.reshape(query.shape).astype(query.dtype)
-
-
 def run_pruned(
   model: Decoder, tokens: Array, positions: Array, cache: PrunedCache
 ) -> tuple[Array, PrunedCache]:
@@ -330,8 +286,8 @@ def run_pruned(
   old, new = jnp.arange(slots), jnp.arange(full_slots)
   seen = (old >= cache.starts[:, None]) & (old < cache.length)
   seen = jnp.broadcast_to(seen[:, None], (len(tokens), seq, slots))
-  last = cache.full_length[..., None] + jnp.arange(seq)
-  written = new <= jnp.broadcast_to(last, tokens.shape)[..., None]
+  last = jnp.broadcast_to(cache.full_length[..., None] + jnp.arange(seq), tokens.shape)
+  written = new <= last[..., None]
   written &= (new + cache.length >= cache.starts[:, None])[:, None]
   allowed = jnp.concatenate([seen, written], axis=-1)
   updated = []
@@ -347,9 +303,11 @@ def run_pruned(
       all_keys = write_slots(full_keys, key, cache.full_length, axis=2)
       all_values = write_slots(full_values, value, cache.full_length, axis=2)
       updated.append((all_keys, all_values))
-      return split_attention(
-        query, read(keys), read(values), channels, all_keys, all_values, allowed
-      )
+      parts = query, read(keys), read(values), channels, all_keys, all_values
+      if seq == 1 and has_one_tpu():
+        lengths = jnp.broadcast_to(cache.length, len(tokens)), last[:, 0] + 1
+        return split_decode_attention(*parts, cache.starts, *lengths)
+      return split_attention(*parts, allowed)
 
     return attend
 

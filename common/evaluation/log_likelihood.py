@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from common.decoding.generation import bucket
 from common.errors import UserError
 
 _SHORTEST_BUCKET = 32
@@ -76,11 +77,8 @@ def whole_batches(rows: list, batch_size: int) -> Iterator[list]:
 
 def bucket_length(length: int, max_length: int | None = None) -> int:
   """The least of 32, 48, 64, 96, 128, ... (at most `max_length`) that `length` fits into."""
-  bucket = _SHORTEST_BUCKET
-  while bucket < length:
-    # 2**k and 1.5 * 2**k in turn.
-    bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
-  return bucket if max_length is None else min(bucket, max_length)
+  size = bucket(max(length, _SHORTEST_BUCKET))
+  return size if max_length is None else min(size, max_length)
 
 
 def _score_arrays(rows: Sequence[tuple[Sequence[int], int]], length: int) -> Sequence[np.ndarray]:

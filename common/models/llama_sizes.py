@@ -1,4 +1,4 @@
-"""The public sizes of Llama by their Hugging Face names, as in those models' config.json."""
+"""Public sizes of Llama and Mistral by their Hugging Face names, as in those models' config.json."""
 
 from common.models.decoder import DecoderConfig
 
@@ -32,5 +32,21 @@ LLAMA_SIZES = {
     max_position_embeddings=8192,
     norm_eps=1e-5,
     rope_theta=500000.0,
+  ),
+}
+
+MISTRAL_SIZES = {
+  "mistralai/Mistral-7B-Instruct-v0.2": DecoderConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    max_position_embeddings=32768,
+    norm_eps=1e-5,
+    rope_theta=1e6,
+    family="mistral",
   ),
 }

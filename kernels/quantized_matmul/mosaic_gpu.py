@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.quantized_matmul import xla
 from kernels.quantized_matmul.gpu_operands import (
   BLOCK_COLUMNS,
   SUB_STEP,
@@ -32,6 +31,7 @@ from kernels.quantized_matmul.gpu_operands import (
   tiles,
   widen,
 )
+from kernels.quantized_matmul.gradient import with_reference_gradient
 from kernels.quantized_matmul.packing import RUN_ROWS
 
 Array = jax.Array
@@ -122,29 +122,10 @@ def quantized_matmul(
 
   Weights are rounded to bfloat16 as in the reference, whose gradients are used.
   """
-  return _with_gradient(x, values, scales, zero_points, bits)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _with_gradient(x, values, scales, zero_points, bits):
   return _quantized_matmul(x, values, scales, zero_points, bits)
 
 
-def _forward(x, values, scales, zero_points, bits):
-  y = _quantized_matmul(x, values, scales, zero_points, bits)
-  return y, (x, values, scales, zero_points)
-
-
-def _backward(bits, residuals, grad):
-  x, values, scales, zero_points = residuals
-  reference = lambda x, scales: xla.quantized_matmul(x, values, scales, zero_points, bits=bits)
-  x_grad, scales_grad = jax.vjp(reference, x, scales)[1](grad)
-  return x_grad, None, scales_grad, None
-
-
-_with_gradient.defvjp(_forward, _backward)
-
-
+@with_reference_gradient
 def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
   *leading, inputs = x.shape
   rows, columns = math.prod(leading), values.shape[-1]

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.quantized_matmul import tpu_output_groups, xla
+from kernels.quantized_matmul import tpu_output_groups
+from kernels.quantized_matmul.gradient import with_reference_gradient
 from kernels.quantized_matmul.packing import RUN_ROWS
 from kernels.quantized_matmul.tpu_operands import (
   ACTIVATION_BLOCK,
@@ -84,29 +85,10 @@ def quantized_matmul(
 
   A row with a value that is not finite has no finite result. Gradients are those of the reference.
   """
-  return _with_gradient(x, values, scales, zero_points, bits)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _with_gradient(x, values, scales, zero_points, bits):
   return _quantized_matmul(x, values, scales, zero_points, bits)
 
 
-def _forward(x, values, scales, zero_points, bits):
-  y = _quantized_matmul(x, values, scales, zero_points, bits)
-  return y, (x, values, scales, zero_points)
-
-
-def _backward(bits, residuals, grad):
-  x, values, scales, zero_points = residuals
-  reference = lambda x, scales: xla.quantized_matmul(x, values, scales, zero_points, bits=bits)
-  x_grad, scales_grad = jax.vjp(reference, x, scales)[1](grad)
-  return x_grad, None, scales_grad, None
-
-
-_with_gradient.defvjp(_forward, _backward)
-
-
+@with_reference_gradient
 def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
   if scales.shape[1] != values.shape[1]:
     return tpu_output_groups.quantized_matmul(x, values, scales, zero_points, bits=bits)

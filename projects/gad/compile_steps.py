@@ -11,25 +11,10 @@ from common.compilation.decoder_steps import decode_step, decoder_config
 from common.compilation.step import Step
 from common.decoding.constrained import choose
 from common.decoding.generation import Sampling
-from common.models.decoder import DecoderConfig
 from common.models.scan import abstract_stack
 from common.models.sharding import batch_sharding
 from common.training.mesh import make_mesh
 
-# As in the model's config.json.
-MISTRAL_7B_V02 = DecoderConfig(
-  vocab_size=32000,
-  hidden_size=4096,
-  intermediate_size=14336,
-  num_layers=32,
-  num_heads=32,
-  num_kv_heads=8,
-  head_dim=128,
-  max_position_embeddings=32768,
-  norm_eps=1e-5,
-  rope_theta=1e6,
-  family="mistral",
-)
 # The paper's tasks are the rows of one batch; their few-shot prompts are shorter.
 ROWS, PROMPT_LENGTH = 36, 1536
 # Tokens of a node of the trie that were sampled before.
@@ -38,8 +23,7 @@ WEIGHTED = 64
 
 def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
   """The model's tensors are cut over up to eight devices, rows over the others."""
-  mistral = config.model == "mistralai/Mistral-7B-Instruct-v0.2"
-  size = MISTRAL_7B_V02 if mistral else decoder_config(config.model)
+  size = decoder_config(config.model)
   tensor = next(n for n in (8, 4, 2, 1) if len(devices) % n == 0 and size.num_kv_heads % n == 0)
   mesh = make_mesh({"data": -1, "tensor": tensor}, devices)
   rows = -(-ROWS // mesh.shape["data"]) * mesh.shape["data"]

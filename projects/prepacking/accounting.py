@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from common.decoding.prepacking import bucket, pack
+from common.decoding.generation import bucket
+from common.decoding.prepacking import pack
 from common.models.decoder import DecoderConfig
 from kernels.attention.masks import Rule, Tokens, blocks_that_meet
 from projects.prepacking.batching import Batch

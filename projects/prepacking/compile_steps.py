@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from common.compilation.decoder_steps import decode_step, decoder_config, replicated
 from common.compilation.step import Step
 from common.decoding.cache import unpack
-from common.decoding.prepacking import bucket
+from common.decoding.generation import bucket
 from common.models.decoder import DecoderConfig, KVCache
 from common.models.scan import ScannedDecoder, abstract_stack
 from common.models.sharding import PyTree, cache_shardings, place, shardings

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.decoding.generation import PROMPT_BUCKET, Progress, step
+from common.decoding.generation import PROMPT_BUCKET, Progress, bucket, step
 from common.decoding.prepacking import (
-  bucket,
   cache_room,
   pack,
   pad_to_buckets,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from common.decoding.pruned_cache import split_attention, take_channels
+from common.decoding.split_attention import split_attention, take_channels
 
 HEADS, KV_HEADS, HEAD_DIM, RECENT = 32, 8, 128, 32  # Of Llama-3-8B.
 _REPEATS = 25

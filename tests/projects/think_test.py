@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from common.decoding.eviction import keep_slots_of, snapkv_scores, take_slots
-from common.decoding.pruned_cache import kept_channels, take_channels
+from common.decoding.pruned_cache import kept_channels
+from common.decoding.split_attention import take_channels
 from common.errors import UserError
 from common.models.decoder import Decoder
 from projects.think import config, evaluation, experiment, longbench, recall, study, think

@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 from common.decoding.bin_packing import best_fit_decreasing, fewest_bins, one_per_bin
-from common.decoding.generation import Sampling, generate, step
+from common.decoding.generation import Sampling, bucket, generate, step
 from common.decoding.prepacking import (
-  bucket,
   pack,
   pad_to_buckets,
   prepacked_generate,

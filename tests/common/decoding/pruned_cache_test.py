@@ -14,10 +14,14 @@ from common.decoding import pruned_cache
 from common.decoding.eviction import h2o_scores, snapkv_scores
 from common.decoding.generation import generate, pad_left
 from common.decoding.pruned_cache import Compression, generate_pruned
+from common.decoding.split_attention import (
+  split_attention,
+  split_decode_attention,
+  take_channels,
+)
 from common.errors import UserError
 from common.models.decoder import KVCache
 from kernels.attention.api import attention
-from kernels.decode_attention.api import decode_attention
 from tests.common.models.small_decoders import (
   ARCHITECTURES,
   random_decoder,
@@ -162,9 +166,9 @@ def test_split_attention_scales_by_the_whole_head_and_masks_rows():
   query = jnp.repeat(query[:, :, :3], 2, axis=1)
   channels = jnp.array([[[0, 2, 5], [1, 2, 7]], [[3, 4, 5], [0, 1, 6]]])
   allowed = jnp.arange(12) >= jnp.array([[[2], [0], [9]], [[0], [0], [3]]])
-  out = pruned_cache.split_attention(
+  out = split_attention(
     query,
-    pruned_cache.take_channels(keys[:, :, :7], channels),
+    take_channels(keys[:, :, :7], channels),
     values[:, :, :7],
     channels,
     keys[:, :, 7:],
@@ -180,25 +184,25 @@ def test_split_attention_scales_by_the_whole_head_and_masks_rows():
 
 
 @pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
-def test_the_pruned_part_is_what_the_decode_kernels_take(implementation):
-  keys = jax.random.normal(jax.random.key(0), (2, 2, 12, 8))
-  values = jax.random.normal(jax.random.key(1), (2, 2, 12, 8))
-  query = jax.random.normal(jax.random.key(2), (2, 4, 1, 8))
+def test_the_decode_kernels_join_both_parts(implementation):
+  normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+  keys, values = normal(0, 2, 2, 12, 8), normal(1, 2, 2, 12, 8)
+  full_keys, full_values = normal(2, 2, 2, 6, 8), normal(3, 2, 2, 6, 8)
+  query = normal(4, 2, 4, 1, 8)
   channels = jnp.array([[[0, 2, 5], [1, 2, 7]], [[3, 4, 5], [0, 1, 6]]])
-  pruned = pruned_cache.take_channels(keys, channels)
-  grouped = query.reshape(2, 2, 2, 8)
-  left = pruned_cache.take_channels(grouped, channels).reshape(2, 4, 3)
-  starts, lengths = jnp.array([2, 0]), jnp.array([12, 9])
-  with pltpu.force_tpu_interpret_mode():
-    kernel = decode_attention(
-      left, pruned, values, lengths, starts=starts, scale=8**-0.5, implementation=implementation
-    )
-  slots = jnp.arange(12)
-  allowed = (slots >= starts[:, None]) & (slots < lengths[:, None])
-  nothing = jnp.zeros((2, 2, 1, 8))
-  allowed = jnp.pad(allowed, ((0, 0), (0, 1)))[:, None]
-  out = pruned_cache.split_attention(query, pruned, values, channels, nothing, nothing, allowed)
-  np.testing.assert_allclose(out[:, :, 0], kernel, atol=1e-5)
+  parts = query, take_channels(keys, channels), values, channels, full_keys, full_values
+  full_length = jnp.array([3, 6])
+  for length, starts in ((9, [2, 0]), (9, [11, 9]), (0, [0, 2])):  # The pruned part may be empty.
+    starts = jnp.array(starts)
+    with pltpu.force_tpu_interpret_mode():
+      found = split_decode_attention(
+        *parts, starts, jnp.full(2, length), full_length, implementation=implementation
+      )
+    old, new = jnp.arange(12), jnp.arange(6)
+    seen = (old >= starts[:, None]) & (old < length)
+    written = (new < full_length[:, None]) & (new + length >= starts[:, None])
+    allowed = jnp.concatenate([seen, written], axis=1)[:, None]
+    np.testing.assert_allclose(found, split_attention(*parts, allowed), atol=1e-5)
 
 
 def test_a_full_buffer_is_pruned_by_the_same_channels_and_quantized():
@@ -212,7 +216,7 @@ def test_a_full_buffer_is_pruned_by_the_same_channels_and_quantized():
   flushed = jax.jit(pruned_cache.flush)(after)
   assert (int(flushed.length), int(flushed.full_length)) == (24 + 16, 0)
   for i, channels in enumerate(before.channels):
-    kept = pruned_cache.take_channels(after.full_keys[i], channels)
+    kept = take_channels(after.full_keys[i], channels)
     np.testing.assert_allclose(pruned_cache.read(flushed.keys[i])[:, :, 24:40], kept, atol=2e-2)
     values = pruned_cache.read(flushed.values[i])
     np.testing.assert_allclose(values[:, :, 24:40], after.full_values[i], atol=2e-2)
