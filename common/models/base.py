@@ -193,6 +193,18 @@ RECIPES |= {
 }
 
 
+def check_base_model(name_or_path: str, field: str) -> None:
+  """Raises a UserError, before anything is read, if `base_model` cannot know the model.
+
+  field: of the config, for the message.
+  """
+  if name_or_path not in RECIPES and not pathlib.Path(name_or_path).expanduser().is_dir():
+    raise UserError(
+      f"{field}={name_or_path}: there is no such folder, expected a checkpoint or "
+      f"{', '.join(RECIPES)}; set --config.{field}"
+    )
+
+
 def base_model(name_or_path: str, *, seed: int = 0) -> BaseModel:
   """Returns a base model by name, or loads a Hugging Face directory.
 

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from common.decoding.generation import Sampling
 from common.errors import UserError
-from common.models.base import RECIPES
+from common.models.base import check_base_model
 from common.models.decoder import Decoder
 from projects.ppd.sparse_tree import room
 from projects.ppd.training import Student, TrainSettings
@@ -66,12 +66,8 @@ def check_config(config: ConfigDict) -> None:
       f"{distances} prompt tokens; expected at least {2 * (1 + distances * ensemble)}"
     )
   for name in ("model", "draft"):
-    path = config[name]
-    if path and path not in RECIPES and not pathlib.Path(path).expanduser().is_dir():
-      raise UserError(
-        f"{name}={path}: there is no such folder, expected a checkpoint or {', '.join(RECIPES)}; "
-        f"set --config.{name}"
-      )
+    if config[name]:
+      check_base_model(config[name], name)
   for name, prefix in (("train_source", "sharegpt:"), ("validation_source", "instructions:")):
     file = config[name].removeprefix(prefix)
     if file != config[name] and not pathlib.Path(file).expanduser().is_file():

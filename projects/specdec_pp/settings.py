@@ -5,7 +5,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from common.errors import UserError
-from common.models.base import RECIPES
+from common.models.base import check_base_model
 from common.models.decoder import Decoder
 
 
@@ -47,12 +47,8 @@ def check_config(config: ConfigDict) -> None:
       raise UserError(f"{name}={config[name]}: expected {expected}; set --config.{name}")
   # Before the target, which may be large, is read.
   for name in ("model", "draft"):
-    path = config[name]
-    if path and path not in RECIPES and not pathlib.Path(path).expanduser().is_dir():
-      raise UserError(
-        f"{name}={path}: there is no such folder, expected a checkpoint or {', '.join(RECIPES)}; "
-        f"set --config.{name}"
-      )
+    if config[name]:
+      check_base_model(config[name], name)
   if config.head and not pathlib.Path(config.head).expanduser().is_file():
     raise UserError(f"head={config.head}: there is no such file; leave it empty to train a head")
 
