@@ -10,6 +10,7 @@ import os
 import pathlib
 import urllib.error
 import urllib.request
+import warnings
 from typing import NamedTuple
 
 import tqdm
@@ -24,7 +25,8 @@ class Remote(NamedTuple):
 
   Attributes:
     url: where it is.
-    filename: what it is called here; if it ends in .gz and `url` does not, it is compressed.
+    filename: what it is called here; if it ends in .gz and `url` does not, it is compressed, and if
+      it ends in .csv and `url` is a file of R (.rda, .rdata), its one data frame is written as CSV.
     sha256: of what `url` gives, None where it is not known.
   """
 
@@ -52,7 +54,30 @@ _NPL = (
   "3ceec7d89cb943a56e4bf298b00897d4221d0002/share/vaswani_npl"
 )
 
+_R_PACKAGES = "https://raw.githubusercontent.com"
+
 DATA = {
+  "dsl": [
+    Remote(
+      f"{_R_PACKAGES}/naoki-egami/dsl/537664a54163dda52ee277071fdfd9e8df2572a6/data/PanChen.rdata",
+      "PanChen.csv",
+      "72eb527e56dc0726e9264ef09bb2b2bfe4561dd60fbba4c79b4d7226d7eb6c6c",
+    )
+  ],
+  "prediabetes": [
+    Remote(
+      f"{_R_PACKAGES}/cran/MLDataR/d1f76eecb626ef127e3e214f8e8595439b1a9daf/data/PreDiabetes.rda",
+      "prediabetes.csv",
+      "34e26f381b7eb70f99c6f6a78c03117bb8f156f29a94a644e8ff54e31304dc14",
+    )
+  ],
+  "soup": [
+    Remote(
+      f"{_R_PACKAGES}/cran/ordinal/1a2775c6622ce0fa3ef695cffbb6776d6f7a6501/data/soup.rda",
+      "soup.csv",
+      "b534182a94945c8e5f353a8d937174bac77c7a6efcf479293fbe98badbe591e0",
+    )
+  ],
   "uci_regression": [
     Remote(
       f"{_UCI}/yacht/data/data.txt",
@@ -192,9 +217,21 @@ def _fetch(remote: Remote, path: pathlib.Path) -> None:
         f"{remote.url} is not the file that it was: its SHA-256 is {digest.hexdigest()}, "
         f"not {remote.sha256}"
       )
+    if path.suffix == ".csv" and remote.url.endswith((".rda", ".rdata")):
+      _r_to_csv(temporary)
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+def _r_to_csv(path: pathlib.Path) -> None:
+  """Replaces a file of R that holds one data frame by that frame, without the names of its rows."""
+  import rdata  # A second that only these files need.
+
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # On classes of R that a CSV file has no place for.
+    (frame,) = rdata.read_rda(path).values()
+  frame.to_csv(path, index=False)
 
 
 def main(argv: list[str]) -> None:

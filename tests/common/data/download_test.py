@@ -1,7 +1,10 @@
 import gzip
 import hashlib
 
+import numpy as np
+import pandas as pd
 import pytest
+import rdata
 
 from common.data import download
 from common.errors import UserError
@@ -56,6 +59,18 @@ def test_without_the_variables_it_goes_to_the_cache(site, monkeypatch, tmp_path)
   monkeypatch.delenv("FLAXWORKS_DATA")
   monkeypatch.setenv("FLAXWORKS_CACHE", str(tmp_path / "cache"))
   assert download.download("toy") == tmp_path / "cache" / "data" / "toy"
+
+
+def test_a_data_frame_of_r_becomes_csv(site, monkeypatch):
+  frame = pd.DataFrame({"rating": [1.5, np.nan, 3.0], "taste": pd.Categorical(["a", "b", "a"])})
+  source = site.parent / "site" / "frame.rda"
+  rdata.write_rda(source, {"frame": frame})
+  digest = hashlib.sha256(source.read_bytes()).hexdigest()
+  remote = download.Remote(source.as_uri(), "frame.csv", digest)
+  monkeypatch.setitem(download.DATA, "of-r", [remote])
+  folder = download.download("of-r")
+  assert (folder / "frame.csv").read_text() == "rating,taste\n1.5,a\n,b\n3.0,a\n"
+  assert [p.name for p in folder.iterdir()] == ["frame.csv"]
 
 
 def test_a_changed_file_is_refused(site):
