@@ -10,7 +10,13 @@ in a slot of one batch; prompts that wait are read packed, in one pass. Point an
                         base model (lm-tiny, lm-small)
   --name=NAME           what clients call it (default: the last part of --model)
   --draft=DIR           a smaller model with the same tokenizer: speculative decoding
-  --num_drafts=4        tokens that it proposes in a round
+  --num_drafts=4        tokens that it proposes in a round, at most
+  --acceptance_head=FILE
+                        trained by ./run.sh specdec_pp (head_SEED.safetensors in its workdir) for this
+                        draft: SpecDec++ ends a round of drafts when one is likely to be rejected
+  --rejection_threshold=0.7
+                        how likely, by the head
+  --draft_confidence=0  ends a round behind a token that the draft gave less than this probability
   --prompt_tokens=FILE  trained by ./run.sh ppd (prompts_SEED.safetensors in its workdir) for this model:
                         parallel-prompt decoding
   --key_pruning=0       share of the key cache's channels to drop (ThinK; the paper's is 0.4)
@@ -26,12 +32,14 @@ in a slot of one batch; prompts that wait are read packed, in one pass. Point an
   --port=8000           0 takes any free port
   --grace_seconds=30    that running requests get to end after SIGTERM or Ctrl-C
 
+Texts end at the tokens that the checkpoint's generation_config.json lists, or else at the tokenizer's.
 Besides OpenAI's parameters a request may have `top_k`; `grammar`, EBNF that the text must follow;
 and `grammar_aligned`, which samples a grammar's texts as the model itself would (ASAp) where masks
 distort it.
 
-All of this can be combined, but prompt tokens with neither a draft model nor pruned caches. A format or a grammar is checked token by token: such a text takes no drafts,
-and with one in the batch tokens come one at a time. The draft model's cache is never pruned. Models with
+All of this can be combined, but prompt tokens with neither a draft model nor pruned caches. Texts
+with a format, a grammar or penalties take no drafts, as what their next token may be depends on the
+one before; others in the batch go on taking theirs. The draft model's cache is never pruned. Models with
 ALiBi or a sliding window have no pruned caches; log-probabilities are always the model's own.
 """
 
@@ -48,6 +56,9 @@ _MODEL = flags.DEFINE_string("model", None, "checkpoint or base model", required
 _NAME = flags.DEFINE_string("name", None, "what clients call it")
 _DRAFT = flags.DEFINE_string("draft", None, "draft model")
 _NUM_DRAFTS = flags.DEFINE_integer("num_drafts", 4, "tokens of a round", lower_bound=1)
+_ACCEPTANCE_HEAD = flags.DEFINE_string("acceptance_head", None, "of the draft model")
+_REJECTION_THRESHOLD = flags.DEFINE_float("rejection_threshold", 0.7, "of the head", 0, 1)
+_DRAFT_CONFIDENCE = flags.DEFINE_float("draft_confidence", 0, "probability", 0, 1)
 _PROMPT_TOKENS = flags.DEFINE_string("prompt_tokens", None, "of parallel-prompt decoding")
 _KEY_PRUNING = flags.DEFINE_float("key_pruning", 0, "share of channels", 0, 0.95)
 _PROMPT_BUDGET = flags.DEFINE_integer("prompt_budget", 0, "tokens kept", lower_bound=0)
@@ -78,11 +89,17 @@ def main(argv: list[str]) -> None:
   from apps.serving.constraints import Constraints
   from apps.serving.engine import Engine
   from apps.serving.server import Settings, make_app
-  from common.data.tokenizer import eos_id
+  from common.decoding.generation import stop_tokens_of
   from common.decoding.prompt_tokens import PromptTokens
   from common.decoding.prompt_tree import load_prompts
   from common.models.base import base_model
 
+  if _ACCEPTANCE_HEAD.value and _DRAFT_CONFIDENCE.value:
+    raise UserError("--acceptance_head and --draft_confidence both end a round of drafts: give one")
+  if (_ACCEPTANCE_HEAD.value or _DRAFT_CONFIDENCE.value) and not _DRAFT.value:
+    raise UserError(
+      "--acceptance_head and --draft_confidence say when a draft model stops: give --draft=DIR too"
+    )
   path = pathlib.Path(_MODEL.value).expanduser()
   template = find_template(path, _CHAT_TEMPLATE.value)
   # Before the model: an address that is taken is known at once.
@@ -95,7 +112,7 @@ def main(argv: list[str]) -> None:
   if _PROMPT_TOKENS.value:
     fields, prompts["trees"] = load_prompts(_PROMPT_TOKENS.value)
     prompts["prompt_tokens"] = PromptTokens(**fields)
-  stop = eos_id(model.tokenizer)
+  stop_tokens = stop_tokens_of(path, model.tokenizer)
   engine = Engine(
     model.model,
     model.tokenizer,
@@ -103,9 +120,10 @@ def main(argv: list[str]) -> None:
     max_length=_MAX_LENGTH.value,
     max_queue=_MAX_QUEUE.value,
     prefill_tokens=_PREFILL_TOKENS.value,
-    stop_tokens=[] if stop is None else [stop],
+    stop_tokens=stop_tokens,
     draft=None if draft is None else draft.model,
     num_drafts=_NUM_DRAFTS.value,
+    policy=None if draft is None else _policy(draft.model.config.hidden_size),
     compression=_compression(),
     max_new_tokens=_MAX_NEW_TOKENS.value or None,
     pack_prompts=_PACKED_PREFILL.value,
@@ -117,7 +135,7 @@ def main(argv: list[str]) -> None:
     name=_NAME.value or path.name,
     tokenizer=model.tokenizer,
     chat_template=template,
-    constrain=Constraints(model.tokenizer, engine.vocab_size),
+    constrain=Constraints(model.tokenizer, engine.vocab_size, stop_tokens),
     hosts=_LOOPBACK if _HOST.value in _LOOPBACK else (),
   )
   server = uvicorn.Server(
@@ -156,6 +174,26 @@ def _compression():
     evict=snapkv_scores if _PROMPT_BUDGET.value else None,
     **({"capacity": _PROMPT_BUDGET.value} if _PROMPT_BUDGET.value else {}),
   )
+
+
+def _policy(width: int):
+  """When a draft model of this width ends a round, as the flags say, or None. Raises UserError."""
+  if _DRAFT_CONFIDENCE.value:
+    from projects.specdec_pp.policies import confidence
+
+    return confidence(_DRAFT_CONFIDENCE.value)
+  if _ACCEPTANCE_HEAD.value:
+    from projects.specdec_pp.head_training import load_head
+    from projects.specdec_pp.specdec_pp import threshold_policy
+
+    return threshold_policy(
+      load_head(_ACCEPTANCE_HEAD.value, width),
+      _REJECTION_THRESHOLD.value,
+      batch=_SLOTS.value,
+      shortest=min(2, _NUM_DRAFTS.value),
+      longest=_NUM_DRAFTS.value,
+    )
+  return None
 
 
 def _listen(host: str, port: int):

@@ -26,8 +26,9 @@ _SPACE = '" "?'
 class Constraints:
   """Makes constraints for one model, from any thread; grammars that come again are ready."""
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int):
-    self._make_vocabulary = lambda: Vocabulary.of(tokenizer, vocab_size)
+  def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int, stop_tokens: Sequence[int]):
+    """stop_tokens: each ends a text."""
+    self._make_vocabulary = lambda: Vocabulary.of(tokenizer, vocab_size, stop_tokens)
     self._vocabulary: Vocabulary | None = None
     self._masks: collections.OrderedDict[Hashable, TokenMasks] = collections.OrderedDict()
     self._tries: collections.OrderedDict[Hashable, Trie] = collections.OrderedDict()
@@ -56,10 +57,12 @@ class Constraints:
       masks = _kept(self._masks, text, lambda: TokenMasks(parse_ebnf(text), self._vocabulary))
       if not request.grammar_aligned:
         return GrammarConstraint(masks)
-      if request.top_k or request.top_p < 1 or request.logit_bias or request.stop_strings:
+      penalties = request.presence_penalty or request.frequency_penalty
+      cut = request.top_k or request.top_p < 1 or not request.temperature
+      if cut or penalties or request.logit_bias or request.stop_strings:
         raise UserError(
-          "grammar_aligned samples from the model's own distribution: expected no top_k, top_p, "
-          "logit_bias or stop"
+          "grammar_aligned samples from the model's own distribution: expected a positive "
+          "temperature and no top_k, top_p, penalties, logit_bias or stop"
         )
       where = (text, tuple(prompt), max_new_tokens, request.temperature)
       trie = _kept(self._tries, where, lambda: Trie(self._vocabulary.eos, _TRIE_NODES))

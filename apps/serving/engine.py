@@ -18,7 +18,7 @@ from apps.serving.jobs import TOP, Busy, Counts, End, Job, Piece, Score
 from apps.serving.text import TextStream
 from common.decoding import continuous
 from common.decoding.bin_packing import best_fit_decreasing, one_per_bin
-from common.decoding.constrained import Constraint
+from common.decoding.constrained import logit_bias, padded_weights
 from common.decoding.continuous import NewTexts, NewTokens, Pruning, empty_slots
 from common.decoding.generation import RowSampling, Sampling
 from common.decoding.prepacking import PackedPrompts, pack
@@ -29,7 +29,7 @@ from common.decoding.prompt_tokens import (
 )
 from common.decoding.prompt_tree import Trees
 from common.decoding.pruned_cache import Compression, check_supported
-from common.decoding.speculative import constant
+from common.decoding.speculative import Policy, constant
 from common.errors import UserError
 from common.models.decoder import Decoder
 
@@ -43,6 +43,31 @@ class _Row:
   def __init__(self, job: Job, tokenizer: tokenizers.Tokenizer):
     self.job, self.count = job, 0
     self.text = TextStream(tokenizer, job.prompt, job.stop)
+    self.tokens: collections.Counter[int] = collections.Counter()
+
+  @property
+  def one_by_one(self) -> bool:
+    """Whether what is added to a token's logits depends on the token before it."""
+    job = self.job
+    return bool(job.constraint or job.presence_penalty or job.frequency_penalty)
+
+  @property
+  def biased(self) -> bool:
+    """Whether anything is added to the logits."""
+    return self.one_by_one or bool(self.job.bias)
+
+  def weights(self) -> dict[int, float]:
+    """What is added to the logits of some tokens, before they are divided by the temperature."""
+    job = self.job
+    weights = collections.defaultdict(float, job.bias)
+    if job.constraint is not None:
+      # The constraint's are of log-probabilities at the temperature.
+      for token, weight in zip(*job.constraint.log_weights()):
+        weights[token] += weight * (job.sampling.temperature or 1.0)
+    if job.presence_penalty or job.frequency_penalty:
+      for token, count in self.tokens.items():
+        weights[token] -= job.presence_penalty + job.frequency_penalty * count
+    return weights
 
 
 class Engine:
@@ -60,6 +85,7 @@ class Engine:
     prefill_tokens: int = 8192,
     draft: Decoder | None = None,
     num_drafts: int = 4,
+    policy: Policy | None = None,
     compression: Compression | None = None,
     max_new_tokens: int | None = None,
     prompt_tokens: PromptTokens | None = None,
@@ -78,6 +104,7 @@ class Engine:
       prefill_tokens: slots of the packed rows that are read in one pass, unless one row has more.
       draft: makes every step a speculative one.
       num_drafts: tokens that it proposes at most.
+      policy: when it stops before; what it learns of a round is not kept. By default it does not.
       compression: of the prompts' caches; None leaves them whole.
       max_new_tokens: of a text at most; with compression it says how the room of a row is divided
         (half and half by default), without it there is no limit but max_length.
@@ -86,9 +113,14 @@ class Engine:
 
     Raises:
       UserError: a draft model with another vocabulary, prompt tokens that do not fit, parts that do
-        not go together, or lengths that the model has no room for.
+        not go together, a stop token that the model lacks, or lengths that it has no room for.
     """
     config = model.config
+    if not all(0 <= token < config.vocab_size for token in stop_tokens):
+      raise UserError(
+        f"stop tokens {list(stop_tokens)}: the model has tokens 0 to {config.vocab_size - 1}: is "
+        "generation_config.json or the tokenizer another model's?"
+      )
     if draft is not None and draft.config.vocab_size != config.vocab_size:
       raise UserError(
         f"the draft model has {draft.config.vocab_size} tokens, the model {config.vocab_size}; "
@@ -128,7 +160,7 @@ class Engine:
     )
     self.counts, self.slots = Counts(), slots
     self._model, self._draft = nnx.split(model), draft if draft is None else nnx.split(draft)
-    self._policy = constant(num_drafts)
+    self._policy = policy or constant(num_drafts)
     self._prompt_tokens, self._trees = prompt_tokens, trees
     self._num_drafts, self._max_queue = num_drafts, max_queue
     self._prefill_tokens = prefill_tokens
@@ -157,7 +189,7 @@ class Engine:
     for i, (rows, width) in enumerate(shapes):
       self._admit(nothing, rows, width, [], [])
       yield i + 1, len(shapes) + 1
-    jax.block_until_ready(self._advance(no_row, None, 0, no_row.astype(np.int32)))
+    jax.block_until_ready(self._advance(no_row, None, 0, no_row))
     yield len(shapes) + 1, len(shapes) + 1
 
   def start(self) -> None:
@@ -344,10 +376,9 @@ class Engine:
     active = np.array([job is not None for job in jobs])
     if not active.any():
       return
-    constrained = np.array([job is not None and job.constraint is not None for job in jobs])
+    one_by_one = np.array([row is not None and row.one_by_one for row in self._rows])
     top = TOP if any(job is not None and job.top for job in jobs) else 0
-    limit = np.where(constrained, 0, self._num_drafts).astype(np.int32)
-    new = self._advance(active, bias, top, limit)
+    new = self._advance(active, bias, top, one_by_one)
     all_log_probs = new.all_log_probs
     host = jax.device_get(new._replace(all_log_probs=()))
     self.counts.steps += 1
@@ -365,16 +396,17 @@ class Engine:
         self._end(slot, "error", "the text could not be decoded")
 
   def _advance(
-    self, active: np.ndarray, bias: np.ndarray | None, top: int, limit: np.ndarray
+    self, active: np.ndarray, bias: jax.Array | None, top: int, one_by_one: np.ndarray
   ) -> NewTokens:
-    """A step on the device; `limit` of the drafts of each row."""
+    """A step on the device; bool [slots], which rows take one token and no drafts."""
+    limit = np.where(one_by_one, 0, self._num_drafts).astype(np.int32)
     if self._trees is not None:
       self._state, new = continuous.verify_trees(
         *self._model, self._state, active, bias, limit, self._trees, self._prompt_tokens, top
       )
     elif self._draft is None:
-      # What is allowed next depends on the token before.
-      steps = 1 if bias is not None else _CHUNK
+      # Every pass gives all rows a token: while one waits for its next bias, so do the others.
+      steps = 1 if one_by_one.any() else _CHUNK
       self._state, new = continuous.decode(*self._model, self._state, active, bias, steps, top)
     else:
       self._state, new = continuous.speculate(
@@ -391,26 +423,26 @@ class Engine:
       )
     return new
 
-  def _bias(self) -> np.ndarray | None:
+  def _bias(self) -> jax.Array | None:
     """float32 [slots, vocab], or None where no row has one. Ends rows that can have no token."""
-    bias = None
-    for slot, row in enumerate(self._rows):
-      if row is None or not (row.job.constraint or row.job.bias):
-        continue
-      if bias is None:
-        bias = np.zeros((self.slots, self.vocab_size), np.float32)
-      if row.job.constraint is not None:
-        try:
-          bias[slot] = _constraint_bias(row.job.constraint, self.vocab_size)
-        except Exception:  # Of one client's grammar: the others go on.
-          logging.exception("a constraint failed")
-          bias[slot] = -np.inf
-      for token, value in row.job.bias.items():
-        bias[slot, token] += value
-      if not np.isfinite(bias[slot]).any():
-        bias[slot] = 0
+    rows = {slot: row for slot, row in enumerate(self._rows) if row is not None and row.biased}
+    if not rows:
+      return None
+    masks = np.full((self.slots, -(-self.vocab_size // 8)), 255, np.uint8)
+    weights = [((), ())] * self.slots
+    for slot, row in rows.items():
+      try:
+        constraint = row.job.constraint
+        mask = masks[slot] if constraint is None else constraint.packed_mask()
+        of_tokens = row.weights()
+      except Exception:  # Of one client's grammar: the others go on.
+        logging.exception("a constraint failed")
+        mask, of_tokens = np.zeros_like(masks[slot]), {}
+      if _some_allowed(mask, of_tokens):
+        masks[slot], weights[slot] = mask, (list(of_tokens), list(of_tokens.values()))
+      else:
         self._end(slot, "error", "no token of the vocabulary continues the text as is asked")
-    return bias
+    return logit_bias(masks, *padded_weights(weights), self.vocab_size)
 
   def _hand_out(self, slot: int, new: NewTokens, all_log_probs: jax.Array) -> None:
     """Gives a row's new tokens to its client, and ends it where it ends."""
@@ -419,6 +451,7 @@ class Engine:
       token = int(new.tokens[slot, i])
       row.count += 1
       self.counts.new_tokens += 1
+      row.tokens[token] += 1
       ended = token in self._stop_tokens
       if row.job.constraint is not None:
         ended |= row.job.constraint.advance(token, lambda: np.asarray(all_log_probs[slot]))
@@ -443,13 +476,11 @@ class Engine:
     row.job.emit(End(row.text.end(), reason, message))
 
 
-def _constraint_bias(constraint: Constraint, vocab_size: int) -> np.ndarray:
-  """float32 [vocab]: -inf for tokens that may not come next, and the weights of others."""
-  allowed = np.unpackbits(constraint.packed_mask(), count=vocab_size)
-  bias = np.where(allowed, np.float32(0), np.float32(-np.inf))
-  tokens, weights = constraint.log_weights()
-  bias[list(tokens)] += np.array(weights, np.float32)
-  return bias
+def _some_allowed(mask: np.ndarray, weights: dict[int, float]) -> bool:
+  """Whether a token is in the mask and has no weight of -inf."""
+  allowed = np.unpackbits(mask)
+  allowed[[token for token, weight in weights.items() if weight == -np.inf]] = 0
+  return bool(allowed.any())
 
 
 @jax.jit

@@ -22,6 +22,8 @@ class Job:
       machine).
     stop: strings that end the text and are no part of it.
     bias: by token, added to its logit.
+    presence_penalty: taken from the logit of every token that the text has.
+    frequency_penalty: taken from it as often as the text has the token.
     constraint: of the text, or None.
     finish: is called when the constrained text has ended, with whether it is complete; not if it was
       cancelled.
@@ -36,6 +38,8 @@ class Job:
   seed: int = 0
   stop: Sequence[str] = ()
   bias: dict[int, float] = dataclasses.field(default_factory=dict)
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
   constraint: Constraint | None = None
   finish: Callable[[bool], None] | None = None
   top: int = 0

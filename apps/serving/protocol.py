@@ -68,8 +68,8 @@ class _Request(_Strict):
   stop: str | Annotated[list[str], Field(max_length=4)] | None = None
   seed: int | None = Field(None, ge=-(2**63), lt=2**63)
   logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
-  presence_penalty: Literal[0] | None = None
-  frequency_penalty: Literal[0] | None = None
+  presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+  frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
   response_format: ResponseFormat | None = None
   grammar: str | None = None
   grammar_aligned: bool = False
@@ -97,9 +97,15 @@ class CompletionRequest(_Request):
   prompt: str | list[int] | list[str] | list[list[int]] = Field(min_length=1)
   max_tokens: int = Field(16, ge=1)
   logprobs: int | None = Field(None, ge=0, le=5)
-  echo: Literal[False] | None = None
+  echo: bool | None = None
   suffix: None = None
   best_of: Literal[1] | None = None
+
+  @pydantic.model_validator(mode="after")
+  def _echo(self):
+    if self.echo and self.logprobs is not None:
+      raise ValueError("echo with logprobs needs those of the prompt, which are not computed here")
+    return self
 
   @property
   def prompts(self) -> list[str] | list[list[int]]:

@@ -199,6 +199,7 @@ async def _generate(
   try:
     # Tokenizers and grammars may take a while: the other clients' streams go on.
     prompts = await run_in_threadpool(_prompts, wanted, settings)
+    echoes = _echoes(wanted, prompts, settings)
     jobs = await run_in_threadpool(_jobs, wanted, prompts, engine, settings, loop, events)
     engine.submit(*jobs)
   except UserError as error:
@@ -210,8 +211,8 @@ async def _generate(
   prompt_tokens = sum(len(prompt) for prompt in prompts)
   if wanted.stream:
     with_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
-    return _EventStream(texts, _stream(texts, writer, prompt_tokens, with_usage))
-  gathering = asyncio.create_task(_gather(texts, writer, prompt_tokens))
+    return _EventStream(texts, _stream(texts, writer, echoes, prompt_tokens, with_usage))
+  gathering = asyncio.create_task(_gather(texts, writer, echoes, prompt_tokens))
   leaving = asyncio.create_task(_disconnected(request))
   try:
     await asyncio.wait((gathering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -312,6 +313,18 @@ def _prompts(wanted: CompletionRequest | ChatRequest, settings: Settings) -> lis
   return [encode(settings.chat_template(wanted.messages), False)]
 
 
+def _echoes(
+  wanted: CompletionRequest | ChatRequest, prompts: list[list[int]], settings: Settings
+) -> list[str]:
+  """What each text begins with: its prompt, if that was asked for."""
+  if not getattr(wanted, "echo", None):
+    return [""] * (len(prompts) * wanted.n)
+  given = wanted.prompts
+  decode = settings.tokenizer.decode
+  texts = [p if isinstance(p, str) else decode(ids) for p, ids in zip(given, prompts)]
+  return [text for text in texts for _ in range(wanted.n)]
+
+
 def _jobs(
   wanted: CompletionRequest | ChatRequest,
   prompts: list[list[int]],
@@ -351,6 +364,8 @@ def _jobs(
           seed=(seed + choice) % 2**32,
           stop=wanted.stop_strings,
           bias=wanted.logit_bias or {},
+          presence_penalty=wanted.presence_penalty or 0.0,
+          frequency_penalty=wanted.frequency_penalty or 0.0,
           constraint=constraint,
           finish=getattr(constraint, "finish", None),
           top=wanted.top,
@@ -373,7 +388,7 @@ def _usage(prompt_tokens: int, new_tokens: int) -> dict:
 
 
 async def _stream(
-  texts: _Texts, writer: Writer, prompt_tokens: int, with_usage: bool
+  texts: _Texts, writer: Writer, echoes: list[str], prompt_tokens: int, with_usage: bool
 ) -> AsyncIterator[str]:
   """Server-sent events."""
   new_tokens, begun, waiting = 0, set(), {}
@@ -391,7 +406,9 @@ async def _stream(
       if not event.text:  # Its text comes with a later token.
         waiting[index] = scores
         continue
-    yield _event(writer.chunk(index, event.text, scores, reason, index not in begun))
+    first = index not in begun
+    text = echoes[index] + event.text if first else event.text
+    yield _event(writer.chunk(index, text, scores, reason, first))
     begun.add(index)
   if with_usage:
     yield _event(writer.usage_chunk(_usage(prompt_tokens, new_tokens)))
@@ -407,9 +424,10 @@ def _failure(event: End) -> dict:
   return {"error": {"message": message, "type": "server_error", "param": None, "code": None}}
 
 
-async def _gather(texts: _Texts, writer: Writer, prompt_tokens: int) -> dict:
+async def _gather(texts: _Texts, writer: Writer, echoes: list[str], prompt_tokens: int) -> dict:
   """The whole reply. Raises _Refused where a text failed."""
-  parts, scores, reasons = ([[] for _ in range(texts.count)] for _ in range(3))
+  scores, reasons = ([[] for _ in range(texts.count)] for _ in range(2))
+  parts = [[echo] for echo in echoes]
   async for index, event in texts:
     parts[index].append(event.text)
     if isinstance(event, Piece):

@@ -115,7 +115,7 @@ def quantize(folder: pathlib.Path) -> pathlib.Path:
 
   base = base_model("lm-small")
   save(base.model, base.tokenizer, folder / "model")
-  draft = train_draft(get_config("default"), base.model.config, base.tokenizer)
+  draft = train_draft(get_config("default"), base.model, base.tokenizer)
   save(draft, base.tokenizer, folder / "draft")
   command = [sys.executable, "-m", "apps.quantize", f"--model={folder / 'model'}"]
   command += [f"--out={folder / 'quantized'}", "--group_size=32", "--num_samples=32"]

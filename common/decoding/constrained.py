@@ -81,7 +81,7 @@ class GrammarConstraint:
     return (), ()
 
   def advance(self, token: int, log_p: Callable[[], np.ndarray]) -> bool:
-    if token == self.masks.vocabulary.eos:
+    if token in self.masks.vocabulary.stop_tokens:
       return True
     self.state = self.masks.advance(self.state, token)
     return False
@@ -183,7 +183,9 @@ def decode(
   tokens, log_p, ended = [[] for _ in range(rows)], np.zeros(rows), np.zeros(rows, bool)
   masks = np.stack([c.packed_mask() for c in constraints])
   for i in range(prompts.max_new_tokens):
-    chosen = choose(logits, masks, *_padded_weights(constraints, ended), key, i, sampling)
+    # Rows that have ended take no weights.
+    weights = [((), ()) if end else c.log_weights() for c, end in zip(constraints, ended)]
+    chosen = choose(logits, masks, *padded_weights(weights), key, i, sampling)
     if i + 1 < prompts.max_new_tokens:
       logits, progress = _step(graphdef, state, progress, chosen.token)
     fetch = functools.cache(functools.partial(np.asarray, chosen.log_p))
@@ -203,18 +205,39 @@ def decode(
   return [Completion(*row) for row in zip(tokens, ended.tolist(), log_p.tolist())]
 
 
-def _padded_weights(constraints, ended) -> tuple[np.ndarray, np.ndarray]:
-  """Tokens int32 and weights float32 [batch, most], for rows that go on; weight 0 is padding."""
-  found = [((), ()) if end else c.log_weights() for c, end in zip(constraints, ended)]
+def padded_weights(
+  weights: Sequence[tuple[Sequence[int], Sequence[float]]],
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens int32 and weights float32 [rows, most] of `Constraint.log_weights`; weight 0 is padding."""
   width = _FEWEST_WEIGHTS
-  while width < max(len(tokens) for tokens, _ in found):
+  while width < max(len(tokens) for tokens, _ in weights):
     width *= 4
-  tokens = np.zeros((len(found), width), np.int32)
-  weights = np.zeros((len(found), width), np.float32)
-  for row, (some, theirs) in enumerate(found):
+  tokens = np.zeros((len(weights), width), np.int32)
+  padded = np.zeros((len(weights), width), np.float32)
+  for row, (some, theirs) in enumerate(weights):
     tokens[row, : len(some)] = some
-    weights[row, : len(some)] = theirs
-  return tokens, weights
+    padded[row, : len(some)] = theirs
+  return tokens, padded
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def logit_bias(masks: Array, weighted: Array, weights: Array, vocab_size: int) -> Array:
+  """What is added to the logits: -inf for tokens that are not allowed, weights for some others.
+
+  The host sends bits and a few numbers, 1/32 of the array that they stand for.
+
+  Args:
+    masks: uint8 [rows, vocab / 8], as of `TokenMasks.packed`.
+    weighted, weights: tokens int32 and what is added to each float32 [rows, n]; the weights of a
+      token that is there several times add up.
+    vocab_size: of the model.
+
+  Returns:
+    float32 [rows, vocab].
+  """
+  allowed = jnp.unpackbits(masks, axis=1, count=vocab_size).astype(bool)
+  rows = jnp.arange(len(masks))[:, None]
+  return jnp.where(allowed, 0.0, -jnp.inf).at[rows, weighted].add(weights)
 
 
 class Chosen(NamedTuple):
@@ -241,10 +264,8 @@ def choose(logits, masks, weighted, weights, key, i, sampling: Sampling) -> Chos
     weighted, weights: tokens int32 and what is added to their log-probability float32 [batch, n].
     key, i: of the row's token number i.
   """
-  allowed = jnp.unpackbits(masks, axis=1, count=logits.shape[1]).astype(bool)
   log_p = jax.nn.log_softmax(logits / (sampling.temperature or 1.0))
-  rows = jnp.arange(len(logits))[:, None]
-  scores = jnp.where(allowed, log_p, -jnp.inf).at[rows, weighted].add(weights)
+  scores = log_p + logit_bias(masks, weighted, weights, logits.shape[1])
   # The temperature is in the scores already.
   at_one = Sampling(float(sampling.temperature > 0), sampling.top_k, sampling.top_p)
   token = sample(scores, jax.random.fold_in(key, i), at_one)

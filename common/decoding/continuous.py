@@ -291,8 +291,8 @@ def decode(
     graphdef, state: of a decoder.
     slots: its buffers are taken over.
     active: bool [slots]; the others stay as they are.
-    bias: float32 [slots, vocab] added to the logits of the sampling; -inf forbids a token. It is
-      for one token: with it `steps` must be 1.
+    bias: float32 [slots, vocab] added to the logits of the sampling; -inf forbids a token. It stays
+      the same: where a row's depends on the text, `steps` must be 1.
     steps: tokens of each row.
     top: most likely tokens to report.
   """
@@ -352,8 +352,8 @@ def speculate(
   Args:
     target_graph, target_state, draft_graph, draft_state: the models.
     slots, active, top: as of `decode`.
-    bias: as of `decode`, added to both models' logits. It is for one token: rows that have one that
-      depends on the text need a limit of 0.
+    bias: as of `decode`, added to both models' logits. Rows whose bias depends on the text need a
+      limit of 0.
     limit: int32 [slots], a row's drafts at most.
     policy, stop_drafting: see `speculative.Policy`; the state is not carried over rounds.
     max_drafts: at most.

@@ -10,14 +10,18 @@ batch and number of new tokens. The cache is made for exactly these, so that it 
 import dataclasses
 import functools
 import itertools
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from flax import nnx
 
+from common.data.tokenizer import eos_id
 from common.errors import UserError
 from common.models.decoder import Decoder, KVCache
 from common.models.encoder_decoder import DecoderCache, EncoderDecoder
@@ -276,6 +280,33 @@ def prepare(
       "tokenizer another model's?"
     )
   return tokens, segment_ids, stop
+
+
+def stop_tokens_of(model: str | pathlib.Path, tokenizer: tokenizers.Tokenizer) -> list[int]:
+  """The tokens that end a model's texts.
+
+  Args:
+    model: a Hugging Face directory, whose generation_config.json may list several (Llama 3); or the
+      name of a base model.
+    tokenizer: the model's; its end-of-sequence token, if it has one, is taken where no file says
+      otherwise.
+
+  Raises:
+    UserError: generation_config.json cannot be read, or its eos_token_id is no token.
+  """
+  path = pathlib.Path(model).expanduser() / "generation_config.json"
+  if path.is_file():
+    try:
+      found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+      raise UserError(f"{path} is no JSON object ({error}): mend or remove it") from None
+    tokens = found if isinstance(found, list) else [found]
+    if found is not None:
+      if not tokens or not all(type(token) is int and token >= 0 for token in tokens):
+        raise UserError(f"{path}: eos_token_id is {found}, expected a token id or a list of them")
+      return tokens
+  eos = eos_id(tokenizer)
+  return [] if eos is None else [eos]
 
 
 def start(

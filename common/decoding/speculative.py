@@ -235,6 +235,9 @@ def one_round(
 ) -> tuple[Pair, Emitted, Any]:
   """Drafts, verifies, and rolls both caches back to what is accepted.
 
+  The target reads as many tokens as the longest row needs, rounded up to a width that there is a
+  pass for (`verification_widths`).
+
   Args:
     target, draft: the models.
     pair: before the round; both caches have a length for each row and room for max_drafts + 1.
@@ -250,7 +253,7 @@ def one_round(
     The pair after the round, what it gave, and the policy's state after drafting.
   """
   draft_key, verify_key = keys
-  drafted = _draft(draft, pair, done, policy, stop_drafting, max_drafts, draft_key, adjusted)
+  drafted = _draft(draft, pair, done, policy, stop_drafting, max_drafts, draft_key, adjusted, limit)
   lengths = drafted.lengths if limit is None else jnp.minimum(drafted.lengths, limit)
   lengths = jnp.where(done, 0, lengths)
   column = jnp.arange(max_drafts + 1)
@@ -258,8 +261,22 @@ def one_round(
   used = (column <= lengths[:, None]) & ~done[:, None]
   tokens = jnp.concatenate([pair.last[:, 1:], drafted.tokens], axis=1)
   positions = pair.positions[:, None] + column
-  x, cache = append(pair.target, target, tokens, positions, used.astype(jnp.int32))
-  logits = target.head(x)
+
+  def read(width: int, _, state):
+    logits, cache = state
+    ids = (a[:, :width] for a in (tokens, positions, used.astype(jnp.int32)))
+    x, cache = append(cache, target, *ids)
+    return logits.at[:, :width].set(target.head(x)), cache
+
+  # Without a limit every row has a draft.
+  widths = [w for w in verification_widths(max_drafts) if w > 1 or limit is not None]
+  narrowest = jnp.sum(jnp.array(widths[:-1], jnp.int32) <= lengths.max())
+  logits = jnp.zeros((*tokens.shape, target.config.vocab_size), jnp.float32)
+  cache = pair.target
+  for i, width in enumerate(widths):
+    # A loop of one turn or none writes the cache in place; a branch would copy all of it.
+    turns = (narrowest == i).astype(jnp.int32)
+    logits, cache = jax.lax.fori_loop(0, turns, functools.partial(read, width), (logits, cache))
   accepted, token = verify(drafted.tokens, drafted.logits, adjusted(logits), lengths, verify_key)
   emitted = jnp.where(column == accepted[:, None], token[:, None], _pad(drafted.tokens))
   grown = jnp.where(done, 0, accepted + 1)
@@ -274,6 +291,18 @@ def one_round(
     positions=pair.positions + grown,
   )
   return after, Emitted(emitted, accepted, lengths, logits), drafted.policy
+
+
+def verification_widths(max_drafts: int) -> list[int]:
+  """Tokens of a target's pass: 1, ..., max_drafts + 1, each about twice the one before.
+
+  A pass costs more with every token where it is not bound by reading the weights, and every width
+  is compiled.
+  """
+  widths = [max_drafts + 1]
+  while widths[-1] > 1:
+    widths.append((widths[-1] + 1) // 2)
+  return widths[::-1]
 
 
 class _Run(NamedTuple):
@@ -396,6 +425,7 @@ def _draft(
   max_drafts: int,
   key: Array,
   adjusted: Callable[[Array], Array],
+  limit: Array | None,
 ) -> _Drafted:
   """Drafts until every row has stopped. A row that stopped goes on, and its tokens are not meant."""
   batch, vocab = len(done), model.config.vocab_size
@@ -405,6 +435,7 @@ def _draft(
     chosen_from = adjusted(model.logits(hidden))
     token = categorical(fold_in(key, i), chosen_from)
     policy, stop = stop_drafting(policy, Draft(i + 1, token, chosen_from, hidden))
+    stop = stop if limit is None else stop | (i + 1 >= limit)
     tokens, logits = tokens.at[:, i].set(token), logits.at[:, i].set(chosen_from)
     return token, stopped | stop, policy, tokens, logits
 

@@ -1,7 +1,7 @@
 """PPD at the config's size: training of the prompt tokens, and tree passes of several sizes.
 
-The table's bounds on the tree passes' times are L(N) of a block on the slice, up to a factor: what
-the hardware-aware rule needs of a device that is not at hand.
+`bounded_seconds` is L(N) of the passes on a TPU slice as a static bound: what the hardware-aware rule
+needs of a device that is not at hand.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from common.compilation.compile_only import compile_step
 from common.compilation.decoder_steps import decode_step, decoder_config
 from common.compilation.step import Step
+from common.compilation.topology import Chip, tpu_slice
 from common.models.decoder import Block, DecoderConfig, make_context
 from common.models.scan import abstract_stack
 from common.models.sharding import place, shardings
@@ -26,9 +28,8 @@ _SIZES = {"lmsys/vicuna-7b-v1.3": "meta-llama/Llama-2-7b-hf"}
 
 def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
   """The prefill, a block over a tree of every size, and the gradient of the prompt tokens' loss."""
-  model = decoder_config(_SIZES.get(config.model, config.model))
-  tensor = next(n for n in (8, 4, 2, 1) if len(devices) % n == 0 and model.num_kv_heads % n == 0)
-  mesh = make_mesh({"data": -1, "tensor": tensor}, devices)
+  model = size_of(config.model)
+  mesh = _mesh(model, devices)
   rows, length = mesh.shape["data"], config.prompt_length + config.new_tokens
   scanned, params = abstract_stack(model, jnp.bfloat16)
   prompts = config.distances * config.ensemble
@@ -40,6 +41,67 @@ def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Ste
     training_block_step(model, mesh, config.texts_per_step, prompts, config.text_length),
     loss_step(model, mesh, config.texts_per_step, config.distances),
   ]
+
+
+def size_of(name: str) -> DecoderConfig:
+  """The sizes of a model, by a public name or of a directory. Raises UserError."""
+  return decoder_config(_SIZES.get(name, name))
+
+
+def _mesh(model: DecoderConfig, devices: Sequence[jax.Device]) -> Mesh:
+  """The model's tensors are cut over up to eight devices, rows over the others."""
+  tensor = next(n for n in (8, 4, 2, 1) if len(devices) % n == 0 and model.num_kv_heads % n == 0)
+  return make_mesh({"data": -1, "tensor": tensor}, devices)
+
+
+def bounded_seconds(
+  model: DecoderConfig, topology: str, sizes: Sequence[int], *, context: int
+) -> list[float]:
+  """L(N) of every size at least: passes compiled for a TPU slice, at its peak rates.
+
+  Of one row for each group of devices that the tensors are cut over; communication is not in it.
+
+  Args:
+    model: its sizes; weights and cache are bfloat16.
+    topology: such as "v5e:1x1".
+    sizes: N.
+    context: tokens in the cache.
+
+  Raises:
+    UserError: see `tpu_slice`.
+  """
+  tpu = tpu_slice(topology)
+  mesh = _mesh(model, tpu.devices)
+  rows = mesh.shape["data"]
+  return [
+    model.num_layers * _bound(block_step(model, mesh, rows, n, context), tpu.chip)
+    + _bound(head_step(model, mesh, rows, n), tpu.chip)
+    for n in sizes
+  ]
+
+
+def _bound(step: Step, chip: Chip) -> float:
+  """Seconds, by arithmetic or by memory.
+
+  Weights that the compiler fetches ahead into on-chip memory are not in the traffic of the operations
+  that use them; but every argument is read once.
+  """
+  compiled = compile_step(step)
+  arithmetic, traffic = compiled.seconds(chip)
+  return max(arithmetic, traffic, compiled.memory.arguments / chip.bytes_per_second)
+
+
+def head_step(model: DecoderConfig, mesh: Mesh, rows: int, inputs: int) -> Step:
+  """The best token behind every input of a tree."""
+  placed = lambda spec, *shape: jax.ShapeDtypeStruct(
+    shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec)
+  )
+  function = lambda x, kernel: jnp.argmax(x @ kernel, axis=-1)
+  arguments = (
+    placed(PartitionSpec(), rows, inputs, model.hidden_size),
+    placed(PartitionSpec(None, "tensor"), model.hidden_size, model.vocab_size),
+  )
+  return Step(f"head, {rows} x {inputs} inputs", function, arguments)
 
 
 def _block(model: DecoderConfig, mesh: Mesh, rows: int, inputs: int, length: int):

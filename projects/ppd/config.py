@@ -56,6 +56,10 @@ def get_config(preset: str = "default") -> ConfigDict:
       "sizes": (8, 16, 24, 32, 48, 64),
       "compared_size": 32,
       "latency_repeats": 60,
+      # The slice (such as "v5e:1x1") whose static bound chooses the size of the trees that are kept
+      # and decoded, and the model whose sizes it is of (empty: `model`); empty: this machine's clock.
+      "tpu": "",
+      "tpu_model": "",
       # Drafts that the target verifies in a pass, and inputs of a pass of the draft model.
       "drafts": 4,
       "draft_sizes": (8, 16),

@@ -30,6 +30,7 @@ from projects.ppd.accuracy import (
   rank_frequencies,
   replay,
 )
+from projects.ppd.compile_steps import bounded_seconds, size_of
 from projects.ppd.draft_decoding import draft_and_verify
 from projects.ppd.latency import clocked, pass_seconds
 from projects.ppd.prompt_lookup import lookup_acceptance_length
@@ -157,13 +158,19 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     repeats=config.latency_repeats,
   )
   seconds, again = clock(), clock()
+  # L(1) and L(N) that choose the size: this machine's, or the bound of a chip that is not at hand.
+  latencies = seconds
+  if config.tpu:
+    sizes_of = size_of(config.tpu_model or config.model)
+    context = config.prompt_length + config.new_tokens
+    latencies = bounded_seconds(sizes_of, config.tpu, sizes, context=context)
   results, size, first = {}, None, None
   for seed in track(config.seeds, "PPD", console=Console(stderr=True)):
     material = draw(config, base, seed)
     parameters, trained, spent = train_seed(config, base, material, seed)
     measured = measure_trees(config, base.model, material, parameters, seed)
     if size is None:
-      size = chosen_size(config, measured[2], seconds[1:])
+      size = chosen_size(config, measured[2], latencies[1:])
     trees = tables_of(config, measured[2][DYNAMIC][size], size)
     save_prompts(workdir / f"prompts_{seed}.safetensors", parameters[PPD], trees)
     decoded = decode(config, base.model, material, parameters[PPD], trees)
@@ -196,6 +203,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   report = Report(tables=[], figures=[], claims=[])
   tables.report_accuracies(config, results, workdir, report)
   tables.report_trees(config, results, timing, workdir, report)
+  if config.tpu:
+    tables.report_bound(config, results[config.seeds[0]].trees[DYNAMIC], latencies, report)
   tables.report_cost(config, results, timing, report)
   if config.ablation_steps:
     tables.report_ablations(config, ablations(config, base, first, config.seeds[0]), report)

@@ -4,10 +4,12 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from common.compilation.topology import tpu_slice
 from common.decoding.generation import Sampling
 from common.errors import UserError
 from common.models.base import check_base_model
 from common.models.decoder import Decoder
+from projects.ppd.compile_steps import size_of
 from projects.ppd.sparse_tree import room
 from projects.ppd.training import Student, TrainSettings
 
@@ -68,6 +70,11 @@ def check_config(config: ConfigDict) -> None:
   for name in ("model", "draft"):
     if config[name]:
       check_base_model(config[name], name)
+  if config.tpu_model and not config.tpu:
+    raise UserError(f"tpu_model={config.tpu_model} is for a bound: set --config.tpu=v5e:1x1, or so")
+  if config.tpu:
+    tpu_slice(config.tpu)
+    size_of(config.tpu_model or config.model)
   for name, prefix in (("train_source", "sharegpt:"), ("validation_source", "instructions:")):
     file = config[name].removeprefix(prefix)
     if file != config[name] and not pathlib.Path(file).expanduser().is_file():

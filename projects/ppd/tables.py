@@ -1,6 +1,7 @@
 """Tables, plots and claims of a run."""
 
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -9,6 +10,7 @@ from common.decoding.parallel_prompt import Statistics
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.ppd.settings import DYNAMIC, MATCHED, MEDUSA, PPD, RANDOM, STATIC, UNTRAINED
+from projects.ppd.sparse_tree import TreeSet, best_size
 
 # What the paper reports of Vicuna-7B (accuracies of the published trees) and in its tables.
 PAPER_TOP1 = 0.483
@@ -117,7 +119,7 @@ def report_trees(
         Column("L(N) / L(1)", ".2f"),
         Column("speed-up, promised", ".3f", "higher"),
         Column("speed-up, tau of the test", ".3f", "higher"),
-        "chosen",
+        f"chosen for {config.tpu}" if config.tpu else "chosen",
       ],
       [
         [n, 1e3 * s, s / timing.single, e, m, "yes" if n == timing.size else ""]
@@ -125,6 +127,42 @@ def report_trees(
       ],
       f"One row on this device; L(1) = {1e3 * timing.single:.2f} ms. The test's column takes "
       "latencies that were measured again.",
+    )
+  )
+
+
+def report_bound(
+  config: ConfigDict, trees: Mapping[int, TreeSet], seconds: list[float], report: Report
+) -> None:
+  """The size by the static bound of a chip.
+
+  Args:
+    trees: dynamic, of every size.
+    seconds: at least L(1), and L(N) of every size.
+  """
+  single, *each = seconds
+  tau = [trees[size].tokens_per_pass for size in config.sizes]
+  chosen = best_size(list(config.sizes), lambda size: trees[size].tokens_per_pass, each)
+  report.tables.append(
+    Table(
+      f"Size of the tree for {config.tpu}, by the compiler's static bound",
+      [
+        "inputs N",
+        Column("L(N) at least, ms", ".4f", "lower"),
+        Column("L(N) / L(1)", ".3f", "lower"),
+        Column("tau, promised", ".3f", "higher"),
+        Column("speed-up, expected", ".3f", "higher"),
+        "candidates by state",
+        "chosen",
+      ],
+      [
+        [n, 1e3 * s, s / single, t, t * single / s, f"{trees[n].counts[1:]}"]
+        + ["yes" if n == chosen else ""]
+        for n, s, t in zip(config.sizes, each, tau)
+      ],
+      f"Passes of {config.tpu_model or config.model} in bfloat16 over a cache of "
+      f"{config.prompt_length + config.new_tokens}; L(1) at least {1e3 * single:.4f} ms. tau is of "
+      f"{config.model}'s prompt tokens, first seed.",
     )
   )
 

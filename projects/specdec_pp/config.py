@@ -1,17 +1,19 @@
 """SpecDec++: a head on the draft model that decides when to stop drafting, against fixed lengths.
 
   ./run.sh specdec_pp
+  ./run.sh specdec_pp --config=:peaked
   ./run.sh specdec_pp --config=projects/specdec_pp/config.py:paper \
     --config.model=/path/to/Llama-2-70b-chat-hf --config.draft=/path/to/Llama-2-7b-chat-hf \
     --config.head_sources=file:/path/to/alpaca.jsonl
 
 Expect, in the default preset: the head tells drafts that will be rejected from those that will not,
-and for the same discarded drafts the target is called less often than with any fixed length.
+and for the same discarded drafts the target is called less often than with any fixed length. The
+gain in speed is small; it is larger with `peaked`, at a low temperature with a distilled draft.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("default", "tiny", "paper")
+PRESETS = ("default", "peaked", "tiny", "paper")
 
 
 def get_config(preset: str = "default") -> ConfigDict:
@@ -24,6 +26,7 @@ def get_config(preset: str = "default") -> ConfigDict:
       "draft_layers": 1,
       "draft_steps": 500,
       "draft_learning_rate": 1e-2,
+      "draft_objective": "text",  # What it learns: the text, or "target", the target's distributions.
       # Prompts that the head is trained on (validation split) and tested on (test split).
       "head_sources": ("embedded:code", "embedded:prose"),
       "test_sources": ("embedded:code", "embedded:prose", "embedded:science"),
@@ -69,6 +72,11 @@ def get_config(preset: str = "default") -> ConfigDict:
       "timed_tokens": 32,
     }
   )
+  if preset == "peaked":
+    # As a large chat model beside a smaller one of its family: few tokens are likely to the target,
+    # and the draft agrees on most of them.
+    config.temperature = 0.3
+    config.draft_objective = "target"
   if preset == "tiny":
     config.model = "lm-tiny"
     config.draft_width = 32

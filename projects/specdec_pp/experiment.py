@@ -106,7 +106,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   prompts = {seed: draw_prompts(config, target.tokenizer, seed) for seed in config.seeds}
   draft = base_model(config.draft).model if config.draft else None
   if draft is None:
-    draft = train_draft(config, target.model.config, target.tokenizer)
+    draft = train_draft(config, target.model, target.tokenizer)
   check_models(target.model, draft)
   stop_token = eos_id(target.tokenizer) if config.instructions else None
   models = Models(target.model, draft, stop_token)

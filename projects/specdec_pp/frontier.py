@@ -61,13 +61,14 @@ def compare_frontiers(ours: Rates, baseline: Rates) -> Comparison:
   low = max(ours.discard.min(), baseline.discard.min())
   high = min(ours.discard.max(), baseline.discard.max())
   grid = np.linspace(low, high, _GRID)
-  gap = _interpolate(baseline, grid) - _interpolate(ours, grid)
+  gap = verification_at(baseline, grid) - verification_at(ours, grid)
   return Comparison(float(gap.mean()), float(-gap.min()))
 
 
-def _interpolate(costs: Rates, grid: np.ndarray) -> np.ndarray:
+def verification_at(costs: Rates, discard: np.ndarray | float) -> np.ndarray:
+  """Verification rate of a frontier at given discard rates. costs: [policies] each."""
   order = np.argsort(costs.discard)
-  return np.interp(grid, costs.discard[order], costs.verification[order])
+  return np.interp(discard, costs.discard[order], costs.verification[order])
 
 
 def bootstrap_area(

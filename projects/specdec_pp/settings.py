@@ -35,6 +35,7 @@ def check_config(config: ConfigDict) -> None:
       "num_blocks",
       "0 or more",
     ),
+    (config.draft_objective in ("text", "target"), "draft_objective", "text or target"),
     (config.temperature >= 0, "temperature", "0 (greedy) or more"),
     (0 < config.dev_fraction < 1, "dev_fraction", "between 0 and 1"),
     (config.cost_ratio > 0, "cost_ratio", "positive"),

@@ -135,7 +135,7 @@ def timed_decoding(
     longest=config.max_drafts,
     stop_token=-1 if stop_token is None else stop_token,
   )
-  # Every pass of the target has room for the longest round.
+  # The constant length has no passes wider than its own rounds.
   ways = {
     f"constant K={length}": (constant(length), length),
     f"SpecDec++ h={config.main_threshold:g}": (adaptive, config.max_drafts),

@@ -10,11 +10,14 @@ import socket
 import subprocess
 import sys
 
+import jax
 import openai
 import pytest
 
 from common.checkpoints.huggingface import save_model
 from common.data.tokenizer import load_tokenizer
+from projects.specdec_pp.head_training import save_head
+from projects.specdec_pp.specdec_pp import init_head
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -27,6 +30,8 @@ def checkpoint(tmp_path_factory):
   save_model(random_decoder(CONFIG), path)
   load_tokenizer("embedded-512").save(str(path / "tokenizer.json"))
   (path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+  (path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+  save_head(path / "head.safetensors", init_head(jax.random.key(0), CONFIG.hidden_size, 1))
   return path
 
 
@@ -51,6 +56,7 @@ def serve(*flags):
 
 def test_a_server_answers_and_ends_what_it_began(checkpoint):
   flags = (f"--model={checkpoint}", f"--draft={checkpoint}", "--port=0")
+  flags += (f"--acceptance_head={checkpoint}/head.safetensors", "--rejection_threshold=0.5")
   with serve(*flags, "--slots=2", "--max_length=64", "--num_drafts=2") as process:
     found = re.fullmatch(r"llama is at (http://127.0.0.1:\d+/v1)\n", process.stdout.readline())
     assert found, process.stderr.read()
@@ -58,8 +64,13 @@ def test_a_server_answers_and_ends_what_it_began(checkpoint):
       messages = [{"role": "user", "content": "import"}]
       reply = client.chat.completions.create(model="llama", messages=messages, max_tokens=3)
       assert reply.choices[0].finish_reason in ("length", "stop")
+      # Any of the checkpoint's stop tokens ends a text.
+      forced = {"model": "llama", "prompt": "a", "max_tokens": 3}
+      for token, reason in ((2, "stop"), (3, "stop"), (4, "length")):
+        reply = client.completions.create(**forced, logit_bias={token: 100})
+        assert reply.choices[0].finish_reason == reason
       stream = client.completions.create(
-        model="llama", prompt="a", max_tokens=60, stream=True, logit_bias={2: -100}
+        model="llama", prompt="a", max_tokens=60, stream=True, logit_bias={2: -100, 3: -100}
       )
       next(stream)
       process.send_signal(signal.SIGTERM)
@@ -78,6 +89,7 @@ def test_flags_that_cannot_be(checkpoint, tmp_path):
     for flags, says in (
       ((f"--model={checkpoint}", f"--port={port}"), "cannot listen on 127.0.0.1"),
       ((f"--model={checkpoint}", f"--chat_template={tmp_path}/none"), "chat template"),
+      ((f"--model={checkpoint}", "--draft_confidence=0.1"), "give --draft=DIR too"),
     ):
       with serve(*flags) as process:
         error = process.stderr.read()

@@ -1,6 +1,7 @@
 """Parallel prompt decoding: vectors of the official code, invariants, replay against the engine."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import pathlib
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from common import cli
 from common.decoding.generation import generate
 from common.decoding.parallel_prompt import (
   Acceptance,
@@ -17,7 +19,7 @@ from common.decoding.parallel_prompt import (
   tree_generate,
   verify_tree,
 )
-from common.decoding.prompt_tree import RANKS, tree_tables
+from common.decoding.prompt_tree import RANKS, load_prompts, tree_tables
 from common.errors import UserError
 from projects.ppd import config as config_module
 from projects.ppd import experiment
@@ -277,6 +279,8 @@ def test_bad_input_is_refused(tmp_path, accuracies):
     ("model", "nowhere", "model=nowhere: there is no such folder"),
     ("train_source", "sharegpt:none.json", "there is no file none.json"),
     ("prompt_tokens", "none", "prompt_tokens=none: there is no such file"),
+    ("tpu", "v5e:3x3x3", "unknown TPU slice 'v5e:3x3x3'"),
+    ("tpu_model", "lm-small", "tpu_model=lm-small is for a bound: set --config.tpu"),
   ):
     changed = config.copy_and_resolve_references()
     changed[name] = value
@@ -297,7 +301,16 @@ def test_bad_input_is_refused(tmp_path, accuracies):
 
 def test_tiny_run(tmp_path):
   config = config_module.get_config("tiny")
+  if importlib.util.find_spec("libtpu") is not None:
+    cli.prepare_jax(compile_only=True)
+    config.tpu, config.tpu_model = "v5e:1x1", "lm-small"
   report = experiment.run(config, tmp_path)
+  if config.tpu:
+    (table,) = (t for t in report.tables if t.title.startswith("Size of the tree for v5e:1x1"))
+    # The tree that is kept is the one that the bound chooses.
+    (chosen,) = (row[0] for row in table.rows if row[-1] == "yes")
+    _, trees = load_prompts(tmp_path / "prompts_0.safetensors")
+    assert trees.sources.shape[1] == chosen == max(table.rows, key=lambda row: row[4])[0]
   assert report.claims[0].holds  # Greedy text is the model's own.
   assert (tmp_path / "prompts_0.safetensors").is_file()
   assert {f.path for f in report.figures} == {"accuracy.png", "trees.png"}

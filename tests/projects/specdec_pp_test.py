@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from scipy import stats
+from flax import nnx
+from scipy import special, stats
 
 from common.decoding.generation import Sampling
 from common.decoding.speculative import Policy, Statistics, constant, speculative_generate
 from common.errors import UserError
+from common.training.train_step import init_train_state
 from projects.specdec_pp import config as config_module
 from projects.specdec_pp import experiment, frontier, mdp, prompts
+from projects.specdec_pp.draft_model import distillation_step
 from projects.specdec_pp.head_training import head_quality, load_head, save_head
 from projects.specdec_pp.policies import heuristic, random_length
 from projects.specdec_pp.replay import DecisionLog, decision_log, oracle, replay
@@ -121,6 +124,20 @@ def test_expected_acceptance_and_residual_on_tables():
   residual = np.maximum(p - q, 0)
   mixture = np.minimum(p, q) + (1 - np.minimum(p, q).sum()) * residual / residual.sum()
   np.testing.assert_allclose(mixture, p, rtol=1e-12)
+
+
+def test_distillation_loss_is_the_divergence_from_the_target(models):
+  tokens = jax.random.randint(jax.random.key(2), (4, 6), 0, 5)
+  segments = jnp.ones_like(tokens).at[:, 4:].set(0)
+  positions = jnp.broadcast_to(jnp.arange(6), tokens.shape)
+  batch = {"tokens": tokens, "positions": positions, "segment_ids": segments}
+  graphdef, params = nnx.split(models[1])
+  optimizer = optax.sgd(0.0)
+  step = distillation_step(graphdef, models[0], 0.3, optimizer)
+  state = init_train_state(jax.tree.map(jnp.copy, params), optimizer, jax.random.key(0))
+  loss = step(state, batch)[1]["loss"]
+  p, q = (np.float64(jax.nn.softmax(model(tokens[:, :4])[0] / 0.3)) for model in models)
+  np.testing.assert_allclose(loss, special.rel_entr(p, q).sum(-1).mean(), rtol=1e-4)
 
 
 # Rows, tokens of each and drafts of a round in the engine.
@@ -283,6 +300,7 @@ def test_costs_and_frontiers():
   np.testing.assert_allclose(frontier.modelled_speedup(found, 10.0)[0], 150 / 70)
   line = frontier.Rates(np.array([0.0, 1.0]), np.array([1.0, 0.5]), np.zeros(2))
   below = line._replace(verification=line.verification - 0.1)
+  np.testing.assert_allclose(frontier.verification_at(line, 0.5), 0.75)
   comparison = frontier.compare_frontiers(below, line)
   np.testing.assert_allclose(comparison, (0.1, -0.1), rtol=1e-12)
 
@@ -307,6 +325,7 @@ def test_bad_input_is_refused(tmp_path, models):
     ("new_tokens", 7, "new_tokens=7: expected > max_drafts"),
     ("constants", (1, 9), "at least two lengths from 1 to max_drafts"),
     ("thresholds", (0.0,), "thresholds=.*numbers in"),
+    ("draft_objective", "none", "draft_objective=none: expected text or target"),
     ("draft", "nowhere", "draft=nowhere: there is no such folder"),
     ("head", "nowhere", "head=nowhere: there is no such file"),
   ):
@@ -335,7 +354,7 @@ def test_bad_input_is_refused(tmp_path, models):
 
 def test_tiny_run(tmp_path):
   report = experiment.run(config_module.get_config("tiny"), tmp_path)
-  assert len(report.claims) == 6
+  assert len(report.claims) == 7
   costs = {row[0]: row for row in report.tables[0].rows}
   assert {"target alone", "constant K=4", "SpecDec++ h=0.3", "heuristic (+2 / -1)"} <= set(costs)
   assert costs["oracle"][1] == 0

@@ -1,12 +1,13 @@
 """Which tokens may come next: masks over a vocabulary, from the states of a recogniser.
 
 A token is allowed if its bytes can be read, whatever borders of terminals or characters they cross,
-and the end-of-sequence token where the text may end. The bytes of all tokens are one trie, which is
+and the end-of-sequence tokens where the text may end. The bytes of all tokens are one trie, which is
 walked level by level in bulk; the recogniser's transitions are kept in a table as they are found.
 """
 
 import functools
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
@@ -86,34 +87,47 @@ class Vocabulary:
   Attributes:
     tokens: bytes of each token; empty for those that are never allowed.
     size: of the model's vocabulary, in which ids behind the tokenizer's mean nothing.
-    eos: the end-of-sequence token.
+    eos: the end-of-sequence token, the first one if there are several.
+    stop_tokens: all end-of-sequence tokens.
   """
 
-  def __init__(self, tokens: list[bytes], eos: int, size: int | None = None):
-    """Raises UserError if the end-of-sequence token or a token lies outside the vocabulary."""
+  def __init__(self, tokens: list[bytes], eos: int | Sequence[int], size: int | None = None):
+    """Raises UserError if an end-of-sequence token or a token lies outside the vocabulary."""
     self.size = len(tokens) if size is None else size
-    if not 0 <= eos < self.size:
-      raise UserError(f"the end-of-sequence token {eos} is none of the {self.size} tokens")
+    self.stop_tokens = tuple(np.ravel(eos).tolist())
+    if not self.stop_tokens:
+      raise UserError("there is no end-of-sequence token: a grammar needs one to stop at")
+    for token in self.stop_tokens:
+      if not 0 <= token < self.size:
+        raise UserError(f"the end-of-sequence token {token} is none of the {self.size} tokens")
     if any(tokens[self.size :]):
       raise UserError(
         f"the tokenizer has {len(tokens)} tokens, the model {self.size}: is it another model's?"
       )
-    self.eos = eos
-    self.tokens = [b"" if i == eos else text for i, text in enumerate(tokens[: self.size])]
-    self.tokens += [b""] * (self.size - len(self.tokens))
+    self.eos = self.stop_tokens[0]
+    self.tokens = tokens[: self.size] + [b""] * (self.size - len(tokens))
+    for token in self.stop_tokens:
+      self.tokens[token] = b""
     self._build_trie()
 
   @classmethod
-  def of(cls, tokenizer: tokenizers.Tokenizer, size: int | None = None) -> "Vocabulary":
+  def of(
+    cls,
+    tokenizer: tokenizers.Tokenizer,
+    size: int | None = None,
+    stop_tokens: Sequence[int] | None = None,
+  ) -> "Vocabulary":
     """The vocabulary of a tokenizer, for a model with `size` tokens.
+
+    Args:
+      stop_tokens: end texts; by default the tokenizer's end-of-sequence token.
 
     Raises:
       UserError: of `token_bytes`, or there is no end-of-sequence token.
     """
-    eos = eos_id(tokenizer)
-    if eos is None:
-      raise UserError("the tokenizer has no end-of-sequence token: a grammar needs one to stop at")
-    return cls(token_bytes(tokenizer), eos, size)
+    if stop_tokens is None:
+      stop_tokens = [token for token in [eos_id(tokenizer)] if token is not None]
+    return cls(token_bytes(tokenizer), stop_tokens, size)
 
   @functools.cached_property
   def alphabet(self) -> frozenset[int]:
@@ -169,7 +183,7 @@ class TokenMasks:
     self._forget()
 
   def mask(self, state: State) -> np.ndarray:
-    """bool [vocab]: whether a text of the grammar may go on with each token, or end (eos).
+    """bool [vocab]: whether a text of the grammar may go on with each token, or end with it.
 
     Raises:
       UserError: there is none, because bytes that come next are in no token by themselves.
@@ -181,7 +195,7 @@ class TokenMasks:
     return self._recognizer.accepts(state)
 
   def advance(self, state: State, token: int) -> State | None:
-    """The state behind a token that is not eos; None if it is not allowed."""
+    """The state behind a token that ends no text; None if it is not allowed."""
     text = self.vocabulary.tokens[token]
     return self._recognizer.read(state, text) if text else None
 
@@ -212,7 +226,7 @@ class TokenMasks:
     if len(self._states) > _TABLE_ROWS:
       self._forget()
     mask = alive[vocabulary.node_of_token]
-    mask[vocabulary.eos] = self.accepts(state)
+    mask[list(vocabulary.stop_tokens)] = self.accepts(state)
     if not mask.any():
       raise UserError(
         "the vocabulary cannot spell the grammar: no token continues a text that is not complete; "

@@ -20,11 +20,15 @@ from flax import nnx
 from apps.serving.chat import compile_template
 from apps.serving.constraints import Constraints
 from apps.serving.engine import Engine
+from apps.serving.jobs import End, Job
 from apps.serving.server import Settings, make_app
 from apps.serving.text import TextStream
 from common.data.tokenizer import load_tokenizer
 from common.decoding import continuous
+from common.decoding.constrained import GrammarConstraint
 from common.decoding.generation import generate
+from common.decoding.grammar.ebnf import parse_ebnf
+from common.decoding.grammar.token_mask import TokenMasks, Vocabulary
 from common.decoding.prompt_tokens import PromptTokens
 from common.decoding.prompt_tree import tree_tables
 from common.decoding.pruned_cache import Compression
@@ -65,7 +69,7 @@ def serve(engine, tokenizer, template=TEMPLATE):
     name="small",
     tokenizer=tokenizer,
     chat_template=template and compile_template(template, {}),
-    constrain=Constraints(tokenizer, CONFIG.vocab_size),
+    constrain=Constraints(tokenizer, CONFIG.vocab_size, [2]),
     hosts=("127.0.0.1",),
     max_body=4096,
   )
@@ -142,6 +146,49 @@ def test_greedy_text_is_that_of_generate(client, model, tokenizer):
   tokens = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
   again = client.completions.create(model="small", prompt=tokens, max_tokens=10, temperature=0)
   assert [choice.text for choice in again.choices] == expected
+
+
+PENALTIES = {"presence_penalty": 1.0, "frequency_penalty": 0.5}
+
+
+@pytest.fixture(scope="module")
+def penalised(model, tokenizer):
+  """(prompt, tokens) -> its greedy text with PENALTIES, from whole passes over it."""
+  logits_of = jax.jit(lambda ids: model(ids)[0][0])
+
+  def continuation(prompt, count):
+    ids = tokenizer.encode(prompt).ids
+    stream, counts = TextStream(tokenizer, ids), np.zeros(CONFIG.vocab_size)
+    text = ""
+    for _ in range(count):
+      logits = np.asarray(logits_of(np.pad(ids, (0, 32 - len(ids)))[None])[len(ids) - 1])
+      token = int(np.argmax(logits - 1.0 * (counts > 0) - 0.5 * counts))
+      if token == 2:
+        break
+      counts[token] += 1
+      ids.append(token)
+      text += stream.add(token)
+    return text
+
+  return continuation
+
+
+def test_penalties_are_taken_from_tokens_that_are_there(client, model, tokenizer, penalised):
+  ask = {"model": "small", "prompt": PROMPTS, "max_tokens": 10, "temperature": 0}
+  reply = client.completions.create(**ask, **PENALTIES)
+  expected = [penalised(prompt, 10) for prompt in PROMPTS]
+  assert [choice.text for choice in reply.choices] == expected
+  assert expected != [greedy(model, tokenizer, prompt, 10) for prompt in PROMPTS]
+
+
+def test_a_text_may_begin_with_its_prompt(client, model, tokenizer):
+  ask = {"model": "small", "max_tokens": 6, "temperature": 0, "echo": True}
+  expected = [p + greedy(model, tokenizer, p, 6) for p in PROMPTS[:2] for _ in range(2)]
+  reply = client.completions.create(prompt=PROMPTS[:2], n=2, **ask)
+  assert [choice.text for choice in reply.choices] == expected
+  tokens = tokenizer.encode(PROMPTS[0]).ids
+  stream = client.completions.create(prompt=tokens, stream=True, **ask)
+  assert "".join(chunk.choices[0].text for chunk in stream) == expected[0]
 
 
 def test_streams_give_the_same_text(client, model, tokenizer):
@@ -270,20 +317,23 @@ def test_chats_answer_in_json(client):
   assert found["id"] in ("a", "b") and isinstance(found["good"], bool)
 
 
-def test_aligned_samples_come_closer_to_the_model(client, model, tokenizer):
+@pytest.mark.parametrize("temperature", (1.0, 2.0))
+def test_aligned_samples_come_closer_to_the_model(client, model, tokenizer, temperature):
   """A grammar whose masks distort: behind the first token, nearly all of the mass may be lost."""
   vocabulary = [tokenizer.decode([i]) for i in range(512)]
   first, second = vocabulary.index("a"), vocabulary.index("b")
   prompt = tokenizer.encode("x").ids
   # Two texts, "a" and "bc": P of the second is small, and masks alone give it as much as P("b").
-  log_p = lambda ids, token: float(jax.nn.log_softmax(model(np.array([ids]))[0][0, -1])[token])
+  log_p = lambda ids, token: float(
+    jax.nn.log_softmax(model(np.array([ids]))[0][0, -1] / temperature)[token]
+  )
   third = vocabulary.index("c")
   a = log_p(prompt, first) + log_p([*prompt, first], 2)
   b = log_p(prompt, second) + log_p([*prompt, second], third)
   b += log_p([*prompt, second, third], 2)
   expected = 1 / (1 + np.exp(b - a))
   masked = 1 / (1 + np.exp(log_p(prompt, second) - log_p(prompt, first)))
-  options = {"model": "small", "prompt": "x", "max_tokens": 4}
+  options = {"model": "small", "prompt": "x", "max_tokens": 4, "temperature": temperature}
   grammar = 'root ::= "a" | "bc"'
   texts = []
   for seed in range(40):
@@ -306,14 +356,19 @@ def test_aligned_samples_come_closer_to_the_model(client, model, tokenizer):
     ({"prompt": []}, "prompt"),
     ({"prompt": [1, 512]}, "0 to 511"),
     ({"temperature": -1}, "temperature"),
-    ({"presence_penalty": 0.5}, "presence_penalty"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"echo": True, "logprobs": 1}, "echo with logprobs"),
     ({"best_off": 1}, "best_off: unknown parameter"),
     ({"stop": list("abcde")}, "stop"),
     ({"logit_bias": {"512": 1}}, "logit_bias"),
     ({"grammar": 'root ::= "a" b'}, "b"),
     ({"grammar": 'root ::= "a" root'}, "no text"),
     ({"grammar": "a", "response_format": {"type": "json_object"}}, "send one"),
-    ({"grammar": 'root ::= "a"', "grammar_aligned": True, "top_k": 3}, "expected no top_k"),
+    ({"grammar": 'root ::= "a"', "grammar_aligned": True, "top_k": 3}, "no top_k"),
+    (
+      {"grammar": 'root ::= "a"', "grammar_aligned": True, "temperature": 0},
+      "positive temperature",
+    ),
     (
       {
         "response_format": {
@@ -387,7 +442,17 @@ def test_health_models_and_metrics(client, address):
   assert "flaxworks_new_tokens_total" in text and "flaxworks_first_token_seconds_bucket" in text
 
 
-def test_with_a_draft_model_the_text_is_the_same(model, tokenizer):
+def run_jobs(engine, ids, count, constraints):
+  """Greedy texts behind one prompt, decoded together, one for each constraint or None."""
+  events = [[] for _ in constraints]
+  engine.submit(
+    *(Job(ids, count, e.append, constraint=c) for e, c in zip(events, constraints, strict=True))
+  )
+  wait_until(lambda: all(e and isinstance(e[-1], End) for e in events))
+  return ["".join(event.text for event in e) for e in events]
+
+
+def test_with_a_draft_model_the_text_is_the_same(model, tokenizer, penalised):
   draft = random_decoder(dataclasses.replace(CONFIG, num_layers=1), seed=1)
   engine = make_engine(model, tokenizer, draft=draft, num_drafts=3)
   with serve(engine, tokenizer, None) as (_, port):
@@ -397,11 +462,22 @@ def test_with_a_draft_model_the_text_is_the_same(model, tokenizer):
       expected = [greedy(model, tokenizer, prompt, 10) for prompt in PROMPTS]
       assert [choice.text for choice in reply.choices] == expected
       assert engine.counts.drafted > 0
+      reply = client.completions.create(
+        model="small", prompt=PROMPTS, max_tokens=10, temperature=0, **PENALTIES
+      )
+      assert [c.text for c in reply.choices] == [penalised(prompt, 10) for prompt in PROMPTS]
+      # Beside a text that takes none, the other one goes on taking drafts.
+      digits = TokenMasks(parse_ebnf("root ::= [0-9]{20}"), Vocabulary.of(tokenizer, 512))
+      drafted, ids = engine.counts.drafted, tokenizer.encode(PROMPTS[0]).ids
+      texts = run_jobs(engine, ids, 30, [GrammarConstraint(digits), None])
+      assert re.fullmatch("[0-9]{20}", texts[0])
+      assert texts[1] == greedy(model, tokenizer, PROMPTS[0], 30)
+      assert engine.counts.drafted > drafted
       with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "a"}])
 
 
-def test_with_prompt_tokens_the_text_is_the_same(model, tokenizer):
+def test_with_prompt_tokens_the_text_is_the_same(model, tokenizer, penalised):
   rng = np.random.default_rng(0)
   embeddings = jnp.asarray(rng.normal(size=(2, 1, CONFIG.hidden_size)), jnp.float32)
   prompt_tokens = PromptTokens(embeddings, jnp.zeros((2, 1)), jnp.zeros((2, CONFIG.hidden_size)))
@@ -422,6 +498,10 @@ def test_with_prompt_tokens_the_text_is_the_same(model, tokenizer):
         model="small", prompt="a", max_tokens=9, extra_body={"grammar": "root ::= [0-9]{3,5}"}
       )
       assert re.fullmatch("[0-9]{3,5}", formatted.choices[0].text)
+      less = client.completions.create(
+        model="small", prompt=PROMPTS, max_tokens=10, temperature=0, **PENALTIES
+      )
+      assert [c.text for c in less.choices] == [penalised(prompt, 10) for prompt in PROMPTS]
   assert engine.counts.drafted > 0
   with pytest.raises(UserError, match="alone"):
     make_engine(model, tokenizer, draft=model, **options)
@@ -513,6 +593,8 @@ def test_engines_that_cannot_work(model, tokenizer):
   other = random_decoder(dataclasses.replace(CONFIG, vocab_size=256))
   with pytest.raises(UserError, match="one vocabulary"):
     make_engine(model, tokenizer, draft=other)
+  with pytest.raises(UserError, match=r"stop tokens \[2, 512\]: the model has tokens 0 to 511"):
+    Engine(model, tokenizer, slots=1, max_length=8, max_queue=1, stop_tokens=[2, 512])
   opt = random_decoder(ARCHITECTURES["opt"])
   with pytest.raises(UserError, match="lower max_length"):
     Engine(opt, tokenizer, slots=1, max_length=10**6, max_queue=1, stop_tokens=[])

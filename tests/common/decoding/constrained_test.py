@@ -12,6 +12,8 @@ from common.decoding.constrained import (
   choose,
   constrained_generate,
   decode,
+  logit_bias,
+  padded_weights,
   read_prompts,
 )
 from common.decoding.generation import Sampling
@@ -123,6 +125,31 @@ def test_weights_are_added_to_log_probabilities():
     # Four standard errors.
     assert (np.abs(share - expected) <= 4 * np.sqrt(expected / count)).all()
     assert (share[~mask[row]] == 0).all()
+
+
+def test_a_logit_bias_is_what_its_bits_and_weights_say():
+  rng, size = np.random.default_rng(0), 75
+  allowed = rng.random((3, size)) < 0.5
+  weights = [((), ()), ((3, 74, 3), (0.5, -np.inf, 2.0)), (list(range(20)), rng.normal(size=20))]
+  expected = np.where(allowed, 0.0, -np.inf)
+  for row, (tokens, values) in enumerate(weights):
+    np.add.at(expected[row], list(tokens), values)
+  padded = padded_weights(weights)
+  assert padded[0].shape == padded[1].shape == (3, 64)
+  found = logit_bias(np.packbits(allowed, axis=1), *padded, size)
+  np.testing.assert_allclose(found, expected, rtol=1e-6)  # float64 rounded.
+
+
+def test_any_of_several_stop_tokens_ends_a_text(model, masks):
+  """Token 63 too: each row ends with whichever the model likes best where the text may end."""
+  both = TokenMasks(SHORT, Vocabulary(TOKENS, (EOS, 63)))
+  options = {"max_new_tokens": NEW, "key": jax.random.key(0), "sampling": Sampling(1.0)}
+  found = constrained_generate(model, PROMPTS * 8, both, **options)
+  for row in found:
+    assert row.complete and both.accepts(both.read(row.tokens))
+  state = both.read([11])
+  assert np.flatnonzero(both.mask(state)).tolist() == [EOS, 63]
+  assert np.flatnonzero(masks[1].mask(masks[1].read([11]))).tolist() == [EOS]
 
 
 def test_prompts_are_read_once_for_many_samples(model, masks):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from common.data.tokenizer import load_tokenizer
 from common.decoding import generation
-from common.decoding.generation import Sampling, generate, pad_left, sample
+from common.decoding.generation import Sampling, generate, pad_left, sample, stop_tokens_of
 from common.errors import UserError
 from common.quantization.calibration import rtn_block
 from common.quantization.quantized_array import IntegerFormat
@@ -76,6 +78,24 @@ def test_each_of_several_stop_tokens_ends_a_row(architecture):
   for a, b in zip(free, stopped):
     assert b == a[: min(a.index(stop) for stop in stops if stop in a)]
   assert stopped[2] == []
+
+
+def test_a_checkpoint_says_which_tokens_end_its_texts(tmp_path):
+  tokenizer = load_tokenizer("embedded-512")
+  file = tmp_path / "generation_config.json"
+  # The tokenizer's own where no file says otherwise.
+  assert stop_tokens_of("lm-tiny", tokenizer) == stop_tokens_of(tmp_path, tokenizer) == [2]
+  for found, expected in ((7, [7]), ([7, 9, 8], [7, 9, 8]), (None, [2])):
+    file.write_text(json.dumps({"eos_token_id": found, "temperature": 0.6}))
+    assert stop_tokens_of(tmp_path, tokenizer) == expected
+  for wrong in ('{"eos_token_id": [-1]}', '{"eos_token_id": []}', '{"eos_token_id": "</s>"}'):
+    file.write_text(wrong)
+    with pytest.raises(UserError, match="eos_token_id is .* expected a token id or a list"):
+      stop_tokens_of(tmp_path, tokenizer)
+  for wrong in ("{", "[]"):
+    file.write_text(wrong)
+    with pytest.raises(UserError, match="is no JSON object"):
+      stop_tokens_of(tmp_path, tokenizer)
 
 
 def test_the_loop_ends_when_all_rows_have_stopped():

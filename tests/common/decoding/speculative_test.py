@@ -9,7 +9,13 @@ import pytest
 from scipy import stats
 
 from common.decoding.generation import Sampling, adjust, generate
-from common.decoding.speculative import Policy, constant, speculative_generate, verify
+from common.decoding.speculative import (
+  Policy,
+  constant,
+  speculative_generate,
+  verification_widths,
+  verify,
+)
 from common.errors import UserError
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
@@ -82,6 +88,11 @@ def test_rows_may_draft_differently(models):
   )
   assert found == generate(target, PROMPTS, max_new_tokens=12)
   assert len(set((counts.drafted / counts.target_calls).tolist())) > 1
+
+
+def test_widths_of_the_target_s_pass():
+  assert verification_widths(20) == [1, 2, 3, 6, 11, 21]
+  assert [verification_widths(n) for n in (1, 4)] == [[1, 2], [1, 2, 3, 5]]
 
 
 def test_sampled_text_has_the_target_s_distribution():

@@ -106,6 +106,8 @@ def test_byte_level_tokens():
   assert found[tokenizer.token_to_id("</s>")] == b""
   assert found[tokenizer.token_to_id(" été")] == " été".encode()
   assert Vocabulary.of(tokenizer, 300).eos == tokenizer.token_to_id("</s>")
+  several = Vocabulary.of(tokenizer, 300, stop_tokens=[7, 256])
+  assert (several.eos, several.stop_tokens, several.tokens[7]) == (7, (7, 256), b"")
 
 
 def test_sentencepiece_tokens():
