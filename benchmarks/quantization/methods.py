@@ -184,9 +184,11 @@ def decode_bound(storage: str, bits: int) -> float:
   import jax
   import jax.numpy as jnp
 
+  from benchmarks.kernels.lookup_schedule import lookup_loops
   from common.compilation.topology import CHIPS
   from kernels.float_matmul.api import float_matmul
-  from kernels.lookup_matmul.api import index_bits, lookup_matmul
+  from kernels.lookup_matmul.api import lookup_matmul
+  from kernels.lookup_matmul.packing import packed_shape
   from kernels.quantized_matmul.api import quantized_matmul
   from kernels.quantized_matmul.packing import pack, packed_dtype
 
@@ -195,8 +197,9 @@ def decode_bound(storage: str, bits: int) -> float:
   array = jax.ShapeDtypeStruct
   x = array((1, size), jnp.bfloat16)
 
-  def bound(function, *arguments, regions=()):
-    cycles, hbm_bytes = schedule(function, [x, *arguments], "v5e", regions, small_region=24)
+  def bound(function, *arguments, **counted):
+    counted = {"small_region": 24, **counted}
+    cycles, hbm_bytes = schedule(function, [x, *arguments], "v5e", **counted)
     by_schedule = sum(cycles.values()) / HERTZ["v5e"]
     return max(by_schedule, hbm_bytes / CHIPS["v5e"].bytes_per_second) * 1e6
 
@@ -220,9 +223,10 @@ def decode_bound(storage: str, bits: int) -> float:
   if storage == "per input channel":
     return integer(size, size // group)
   if storage == "codebook":
-    planes = array((size // 32, index_bits(4096), -(-size * bits // 12)), jnp.uint32)
-    product = lambda x, p, c: lookup_matmul(x, p, c, columns=size)
-    return bound(product, planes, array((1, 4096, 12 // bits), jnp.float16))
+    k, v = 4096, 12 // bits
+    weight = array(packed_shape(size, k, -(-size // v)), jnp.uint32), array((1, k, v), jnp.float16)
+    product = lambda *w: lookup_matmul(*w, columns=size, implementation="mosaic_tpu")
+    return bound(product, *weight, loops=lookup_loops(size, k, v), small_region=64)
   if storage == "floating point":
     product = lambda x, v, s: float_matmul(x, v, s, exponent_bits=2, mantissa_bits=1)
     return bound(product, array((size, size), jnp.uint4), array((1, size), jnp.bfloat16))

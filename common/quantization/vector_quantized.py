@@ -23,10 +23,10 @@ class VectorQuantizedArray:
   are float16, or float32 while they are trained.
 
   Attributes:
-    indices: uint32 bit planes of the channels behind the outliers (`lookup_matmul`).
+    indices: packed, of the channels behind the outliers (`lookup_matmul.pack_indices`).
     codebooks: [groups, k, v].
     residual_indices, residual_codebooks: of the second stage, or None.
-    outlier_indices: bit planes of the outlier channels, or None.
+    outlier_indices: packed, of the outlier channels, or None.
     outlier_codebook: [1, k0, v0], or None.
     scale, bias: of each input channel in the original order, [in], or None.
     order: original channel at each stored place, int32 [in], or None if they are in place.

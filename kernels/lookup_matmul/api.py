@@ -1,14 +1,24 @@
 """Matrix product with vector-quantized weights: indices into codebooks of short vectors."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
-from kernels.lookup_matmul import xla
-from kernels.lookup_matmul.xla import PLANE_ROWS, index_bits, lookup, pack_indices, unpack_indices
+from kernels.lookup_matmul import mosaic_tpu, xla
+from kernels.lookup_matmul.packing import index_bits, pack_indices, packed_shape, unpack_indices
+from kernels.lookup_matmul.xla import lookup
+from kernels.platform import has_one_tpu
 
 __all__ = ["index_bits", "lookup", "lookup_matmul", "pack_indices", "unpack_indices"]
 
 Array = jax.Array
+
+_MOSAIC_TPU_KINDS = ("TPU v5 lite", "TPU v5", "TPU v5p", "TPU v6 lite")
+# Of a codebook, for the kernel to be picked: XLA may look up in larger ones on SparseCores (v5p), and how
+# long that takes has not been counted.
+_MAX_CENTROIDS = 8192
+_IMPLEMENTATIONS = ("xla", "mosaic_tpu")
 
 
 def lookup_matmul(
@@ -19,22 +29,33 @@ def lookup_matmul(
   residual_codebooks: Array | None = None,
   *,
   columns: int,
+  implementation: Literal["xla", "mosaic_tpu"] | None = None,
 ) -> Array:
   """Computes x @ W for W = codebook[index] (+ residual_codebook[residual_index]).
 
   Args:
     x: [..., in], float32 or bfloat16.
-    planes: packed indices (`pack_indices`), uint32 [ceil(in / 32), log2 k, ceil(out / v)].
-    codebooks: [groups, k, v], any float type; groups divides in, k is a power of two.
+    planes: packed indices, uint32 (`pack_indices` of [in, ceil(out / v)]).
+    codebooks: [groups, k, v], any float type; groups divides in, k is a power of two from 2 to
+      65536.
     residual_planes, residual_codebooks: of the second stage, or None.
     columns: out.
+    implementation: "xla" for any arguments and platform, "mosaic_tpu" for a few rows on TPU (see its
+      `unsupported`). None picks mosaic_tpu where it supports the arguments, for up to 8192 centroids,
+      in a process with one TPU, as the compiler does not cut a kernel over several.
 
   Returns:
-    float32 [..., out], accumulated in float32.
+    float32 [..., out], accumulated in float32. With bfloat16 x the weights are rounded to bfloat16:
+    by xla the sum of the stages, by mosaic_tpu each stage.
 
   Raises:
-    ValueError: an argument has an unsupported shape or type.
+    ValueError: an argument has an unsupported value, shape or type, or the implementation that is
+      named does not support them.
   """
+  if implementation is not None and implementation not in _IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation {implementation!r} is not supported; supported: {', '.join(_IMPLEMENTATIONS)}"
+    )
   if x.ndim == 0 or x.dtype not in (jnp.float32, jnp.bfloat16):
     raise ValueError(f"x is {x.dtype} {x.shape}, expected float32 or bfloat16 [..., in]")
   if (residual_planes is None) != (residual_codebooks is None):
@@ -46,9 +67,17 @@ def lookup_matmul(
     if books.ndim != 3 or not books.shape[0] or x.shape[-1] % books.shape[0]:
       raise ValueError(f"codebooks {books.shape}, expected [groups, k, v] for {x.shape[-1]} inputs")
     k, v = books.shape[1:]
-    if k != 2 ** index_bits(k):
-      raise ValueError(f"{k} centroids, expected a power of two")
-    expected = (-(-x.shape[-1] // PLANE_ROWS), index_bits(k), -(-columns // v))
+    if not 2 <= k <= 65536 or k != 2 ** index_bits(k):
+      raise ValueError(f"{k} centroids, expected a power of two from 2 to 65536")
+    expected = packed_shape(x.shape[-1], k, -(-columns // v))
     if packed.dtype != jnp.uint32 or packed.shape != expected:
       raise ValueError(f"{name} are {packed.dtype} {packed.shape}, expected uint32 {expected}")
+  problem = next(filter(None, (mosaic_tpu.unsupported(x, books) for _, _, books in stages)), None)
+  if implementation == "mosaic_tpu" and problem:
+    raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
+  if implementation is None:
+    pays = not problem and all(books.shape[1] <= _MAX_CENTROIDS for _, _, books in stages)
+    implementation = "mosaic_tpu" if pays and has_one_tpu(_MOSAIC_TPU_KINDS) else "xla"
+  if implementation == "mosaic_tpu":
+    return sum(mosaic_tpu.lookup_matmul(x, packed, books, columns) for _, packed, books in stages)
   return xla.lookup_matmul(x, planes, codebooks, residual_planes, residual_codebooks, columns)

@@ -1,55 +1,35 @@
-"""Packed indices, and the reference implementation in plain JAX: look up, then dot.
-
-Row n of a weight [in, out] is ceil(out / v) vectors of v consecutive outputs; each is a centroid
-of its row's codebook. Indices of b bits are stored as bit planes: 32 consecutive rows make b words
-of 32 bits, so that 12 bits take 12 and none straddles two words.
-"""
+"""The reference implementation in plain JAX: look up, then dot."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
+from kernels.lookup_matmul.packing import packed_shape, unpack_indices
+
 Array = jax.Array
-
-PLANE_ROWS = 32
-
-
-def index_bits(num_centroids: int) -> int:
-  """log2 of the number of centroids, which is a power of two."""
-  return (num_centroids - 1).bit_length()
-
-
-@functools.partial(jax.jit, static_argnames="num_centroids")
-def pack_indices(indices: Array, num_centroids: int) -> Array:
-  """[rows, vectors] -> bit planes, uint32 [ceil(rows / 32), log2 num_centroids, vectors]."""
-  rows, vectors = indices.shape
-  padded = jnp.pad(indices.astype(jnp.uint32), ((0, -rows % PLANE_ROWS), (0, 0)))
-  padded = padded.reshape(-1, 1, PLANE_ROWS, vectors)
-  bits = jnp.arange(index_bits(num_centroids), dtype=jnp.uint32)[:, None, None]
-  lanes = jnp.arange(PLANE_ROWS, dtype=jnp.uint32)[:, None]
-  return jnp.sum(((padded >> bits) & 1) << lanes, axis=2, dtype=jnp.uint32)
-
-
-def unpack_indices(planes: Array, rows: int) -> Array:
-  """Inverse of `pack_indices`: uint16 [rows, vectors]."""
-  lanes = jnp.arange(PLANE_ROWS, dtype=jnp.uint32)[:, None]
-  bits = jnp.arange(planes.shape[1], dtype=jnp.uint32)[:, None, None]
-  indices = jnp.sum(((planes[:, :, None] >> lanes) & 1) << bits, axis=1, dtype=jnp.uint32)
-  return indices.reshape(-1, planes.shape[-1])[:rows].astype(jnp.uint16)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "columns"))
-def lookup(planes: Array, codebooks: Array, rows: int, columns: int) -> Array:
+def lookup(packed: Array, codebooks: Array, rows: int, columns: int) -> Array:
   """The matrix that packed indices stand for, [rows, columns] in the codebooks' dtype.
 
+  Row n of it is ceil(columns / v) vectors of v consecutive outputs; each is a centroid of its row's
+  codebook.
+
   Args:
-    planes: of `pack_indices`.
+    packed: of `pack_indices`.
     codebooks: [groups, num_centroids, v]; consecutive rows / groups rows share one.
     rows, columns: of the result; what pads the last vector of a row is dropped.
+
+  Raises:
+    ValueError: the indices have another shape, such as those of another layout.
   """
-  groups, _, v = codebooks.shape
-  indices = unpack_indices(planes, rows).reshape(groups, rows // groups, -1)
+  groups, k, v = codebooks.shape
+  expected = packed_shape(rows, k, -(-columns // v))
+  if packed.shape != expected:
+    raise ValueError(f"packed indices have shape {packed.shape}, expected {expected}")
+  indices = unpack_indices(packed, rows).reshape(groups, rows // groups, -1)
   vectors = jax.vmap(lambda codebook, index: codebook[index])(codebooks, indices)
   return vectors.reshape(rows, indices.shape[-1] * v)[:, :columns]
 
