@@ -4,22 +4,22 @@ against PyTorch, on the CPU.
   .venv/bin/pip install -r benchmarks/requirements.txt
   python -m benchmarks.quantization.methods_vs_torch
 
-A method is what its time goes into: FlexRound's steps, AdaDim's two axes, the threshold search of
-Outlier Suppression+, LoRC's SVD, VPTQ's k-means and its pass over the channels, QLLM's matching of
-channels. (AWQ and GPTQ: `awq_gptq_vs_torch.py`.) The layer has the width of Llama-2-7B, 4096, and
-random weights; tokens and output channels are as many as the time allows, and are written beside
-each ratio.
+A method is what its time goes into: the steps of FlexRound and FlatQuant, AdaDim's two axes, the
+searches of Outlier Suppression+ and LLM-FP4, LoRC's factors, VPTQ's k-means and its pass over the
+channels, QLLM's matching of channels. (AWQ and GPTQ: `awq_gptq_vs_torch.py`.) The layer has the
+width of Llama-2-7B, 4096, and random weights; tokens and output channels are as many as the time
+allows, and are written beside each ratio.
 
 Both sides do the arithmetic of the paper's formulas in float32 on the same inputs, each in a process
-of its own with as many threads; the PyTorch side is written plainly. Results are compared before the
-ratio torch / ours (above 1: ours is faster) goes to `methods_vs_torch.json` beside this file.
+of its own with as many threads; the PyTorch side (`torch_methods.py`) is written plainly. Results
+are compared before the ratio torch / ours (above 1: ours is faster) goes to `methods_vs_torch.json`
+beside this file; `--only=NAME` measures some methods and leaves the others' results there.
 Compilation is not timed.
 """
 
 import argparse
 import functools
 import json
-import math
 import os
 import pathlib
 import platform
@@ -36,39 +36,65 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from threadpoolctl import threadpool_limits
 
+from benchmarks.quantization import torch_methods
 from benchmarks.quantization.awq_gptq_vs_torch import cpu_name, make_layer, seconds
+from benchmarks.quantization.torch_methods import (
+  BITS,
+  BLOCK,
+  CENTROIDS,
+  CLIP_FACTOR,
+  FACTOR,
+  FLAT_RATE,
+  FLAT_STEPS,
+  GRID,
+  GROUP,
+  INITIAL_CLIP,
+  ITERATIONS,
+  LENGTH,
+  RANK,
+  RATE,
+  STEPS,
+  WIDTH,
+)
 from common.quantization import rtn
 from common.quantization.activations import ActivationFormat
+from common.quantization.equivalent import smoothquant_scale
 from common.quantization.gptq import hessian
 from common.quantization.low_rank import low_rank
+from common.quantization.online_transforms import clipped_fake_quantize
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import QuantizedKernel
 from common.quantization.reconstruction import ReconstructionSettings, reconstruct
 from common.quantization.shift_and_scale import linear_outputs, search_scale
 from projects.adadim.adadim import axis_candidates, output_error
+from projects.flatquant.flat_block import ClipFactors, FlatQuantSettings, clip_kernel, round_kernel
+from projects.flatquant.flatquant import make_optimizer as flatquant_optimizer
+from projects.flatquant.flatquant import normalized_error
+from projects.flatquant.transforms import KroneckerTransform, RawMatrix, random_orthogonal
 from projects.flexround.flexround import FlexRound, FlexRoundSettings, feature_sum, make_optimizer
 from projects.flexround.scale_search import min_max_scales
+from projects.llm_fp4.llm_fp4 import FPQSettings, search_linear
 from projects.qllm.channel_reassembly import reassemble
 from projects.vptq.kmeans import lloyd
 from projects.vptq.vptq import column_pass
 
-WIDTH, BITS, GROUP = 4096, 4, 128
-LEVELS = 2**BITS - 1
-STEPS, RATE = 4, 3e-3  # FlexRound's.
-RANK, CENTROIDS, LENGTH, ITERATIONS, BLOCK = 8, 4096, 6, 5, 128
 FORMAT = IntegerFormat(BITS, GROUP)
+FPQ = FPQSettings(rounds=1, grid_size=GRID)
 
 
 class Method(NamedTuple):
   """One comparison.
 
   Attributes:
-    sizes: tokens and outputs of the layer, and what else there is to say.
+    sizes: tokens (if the method looks at any) and outputs of the layer, and what else there is to
+      say.
     inputs: (w [4096, outputs], x [tokens, 4096]) -> NumPy arrays by name, for both sides.
     ours: a function of those arrays, to be compiled; returns arrays by name.
     torch: the same in PyTorch.
     check: (ours, torch) -> how well they agree; raises where they do not.
+    blas_threads: of the library behind our factorizations, if the project limits them.
   """
 
   sizes: dict
@@ -76,6 +102,7 @@ class Method(NamedTuple):
   ours: Callable
   torch: Callable
   check: Callable
+  blas_threads: int | None = None
 
 
 def layer(w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -83,12 +110,12 @@ def layer(w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def relative(name: str, tolerance: float) -> Callable:
-  """A check of one result: largest difference, relative to the largest value."""
+  """A check of one result: the norm of the difference, relative to that of the result."""
 
   def check(ours, theirs):
-    error = float(np.abs(ours[name] - theirs[name]).max() / np.abs(theirs[name]).max())
+    error = float(np.linalg.norm(ours[name] - theirs[name]) / np.linalg.norm(theirs[name]))
     assert error <= tolerance, (name, error)
-    return {f"largest relative difference of {name}": error}
+    return {f"relative difference of {name}": error}
 
   return check
 
@@ -116,24 +143,7 @@ def our_axis_errors(w, x):
   return {"errors": jnp.stack([output_error(c - w, h) for c in axis_candidates(w, FORMAT)])}
 
 
-def torch_round(flat: torch.Tensor, low: torch.Tensor, high: torch.Tensor, largest: int):
-  """Asymmetric codes 0 ... largest of the rows' ranges, and back."""
-  scale = ((high - low) / largest).clamp(min=1e-7)
-  zero = torch.round(-low / scale).clamp_(0, largest)
-  return (torch.round(flat / scale) + zero).clamp_(0, largest).sub_(zero).mul_(scale)
-
-
-def torch_axis_errors(w, x):
-  target, errors = x @ w, []
-  for grouped in (w.T.contiguous(), w):
-    flat = grouped.reshape(-1, GROUP)
-    rounded = torch_round(flat, flat.amin(1, keepdim=True), flat.amax(1, keepdim=True), LEVELS)
-    rounded = rounded.reshape(grouped.shape)
-    errors.append((x @ (rounded.T if grouped is not w else rounded) - target).pow_(2).mean())
-  return {"errors": torch.stack(errors)}
-
-
-# ---------------------------------------------------------------- LoRC: the SVD of the rounding error
+# ---------------------------------------------------------------- LoRC: factors of the rounding error
 
 
 def rounding_error(w, x):
@@ -144,12 +154,6 @@ def rounding_error(w, x):
 
 def our_factors(error):
   return {"product": low_rank(error, RANK).product()}
-
-
-def torch_factors(error):
-  u, s, vt = torch.linalg.svd(error, full_matrices=False)
-  root = s[:RANK].sqrt()
-  return {"product": (u[:, :RANK] * root) @ (root[:, None] * vt[:RANK])}
 
 
 # ---------------------------------------------------------------- QLLM: which channels are merged
@@ -172,27 +176,12 @@ def our_merges(w, x, splits):
   return {"sources": found.source[order], "targets": found.target[order]}
 
 
-def torch_merges(w, x, splits):
-  extra, most = int(splits.sum()) - WIDTH, WIDTH // 5
-  channel = torch.repeat_interleave(torch.arange(WIDTH), splits)
-  x, total, single = x[:, channel], w[channel].sum(1), splits[channel] == 1
-  scores = torch.cdist(x[:, 0::2].T.contiguous(), x[:, 1::2].T.contiguous()).pow_(2)
-  scores.mul_((total[0::2, None] + total[None, 1::2]).pow_(2))
-  scores.masked_fill_(~(single[0::2, None] & single[None, 1::2]), float("inf"))
-  least, nearest = scores.min(1)
-  source = torch.argsort(least, stable=True)[:extra]
-  source, target = channel[2 * source], channel[2 * nearest[source] + 1]
-  order = torch.argsort(source)
-  fill = torch.full((most - extra,), WIDTH)
-  return {"sources": torch.cat([source[order], fill]), "targets": torch.cat([target[order], fill])}
-
-
 # ---------------------------------------------------------------- FlexRound: steps of Adam
 
 OPTIMIZER = make_optimizer(RATE, STEPS)
 
 
-def our_steps(w, x):
+def our_flexround(w, x):
   linear = nnx.eval_shape(lambda: nnx.Linear(*w.shape, use_bias=False, rngs=nnx.Rngs(0)))
   linear.kernel = nnx.Param(w)
   weight = FlexRound(w, *min_max_scales(w, FORMAT), FlexRoundSettings(FORMAT))
@@ -210,41 +199,57 @@ def our_steps(w, x):
   return {"losses": log.losses, "codes": learned.weight.codes()}
 
 
-@torch.enable_grad()
-def torch_steps(w, x):
-  target, grouped = x @ w, w.T.reshape(w.shape[1], -1, GROUP)
-  low = grouped.amin(-1, keepdim=True).clamp(max=0)
-  high = grouped.amax(-1, keepdim=True).clamp(min=0)
-  scale = (high - low).clamp(min=1e-5) / LEVELS
-  zero = (-torch.round(low / scale)).clamp(0, LEVELS)
-  logs = [torch.zeros_like(scale), torch.zeros_like(grouped), torch.zeros(len(scale), 1, 1)]
-  s1, s2, s3 = logs = [log.requires_grad_() for log in logs]
-  optimizer = torch.optim.Adam(logs, lr=RATE)
-  cosine = lambda step: 0.5 * (1 + math.cos(math.pi * step / STEPS))
-  schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine)
+# ---------------------------------------------------------------- FlatQuant: steps of Adam
 
-  def codes():
-    quotient = grouped / (scale * s1.exp() * (s2 + s3).exp())
-    rounded = quotient + (quotient.round() - quotient).detach()
-    return (rounded + zero).clamp(0, LEVELS)
+FLAT = FlatQuantSettings(
+  IntegerFormat(BITS, symmetric=True),
+  ActivationFormat(BITS, symmetric=True),
+  initial_clip=INITIAL_CLIP,
+)
+FLAT_OPTIMIZER = flatquant_optimizer(FLAT_RATE, FLAT_STEPS, clip_rate_factor=CLIP_FACTOR)
 
-  def error():
-    rounded = ((codes() - zero) * (scale * s1.exp())).reshape(len(scale), -1)
-    return (x @ rounded.T - target).pow(2).sum(-1).mean()
 
-  losses = []
-  with torch.no_grad():
-    before = error()
-  for _ in range(STEPS):
-    loss = error()
-    losses.append(loss.detach())
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    schedule.step()
-  with torch.no_grad():
-    assert error() <= before
-    return {"losses": torch.stack(losses), "codes": codes().reshape(len(scale), -1).T}
+class FlatLinear(nnx.Module):
+  """One linear of a `FlatBlock`, Q(X diag(c) P) Q(P^-1 diag(1 / c) W), with P as raw matrices."""
+
+  def __init__(self, kernel, left, right, scale):
+    matrices = [RawMatrix(FACTOR, jax.random.key(0)) for _ in (left, right)]
+    for matrix, raw in zip(matrices, (left, right)):
+      matrix.raw[...] = raw
+    self.kernel = nnx.Param(kernel)
+    self.transform = KroneckerTransform(*matrices, scale)
+    self.weight_clips = ClipFactors((kernel.shape[1],), FLAT)
+    self.input_clips = ClipFactors((), FLAT)
+
+  def __call__(self, x):
+    factors = self.transform.factors()
+    kernel = factors.apply_inverse(self.kernel[...])
+    kernel = round_kernel(clip_kernel(kernel, self.weight_clips.factors()), FLAT.weights)
+    x = clipped_fake_quantize(factors.apply(x), FLAT.activations, self.input_clips.factors())
+    return jnp.matmul(x, kernel)
+
+
+def with_matrices(w, x):
+  """Random orthogonal matrices and FlatQuant's c to start from."""
+  left, right = (np.asarray(random_orthogonal(jax.random.key(i), FACTOR)) for i in (0, 1))
+  scale = 1 / np.asarray(smoothquant_scale(np.abs(x).max(axis=0), [w], FLAT.scale_alpha))
+  return {"w": w, "x": x, "left": left, "right": right, "scale": scale}
+
+
+def our_flatquant(w, x, left, right, scale):
+  learned, log = reconstruct(
+    FlatLinear(w, left, right, scale),
+    x[None],
+    jnp.matmul(x, w)[None],
+    None,
+    jax.random.key(0),
+    ReconstructionSettings(FLAT_STEPS, 1, keep_best=False),
+    FLAT_OPTIMIZER,
+    objective=normalized_error,
+    run=lambda student, x, context: student(x),
+  )
+  errors = jnp.stack([log.before, log.after])
+  return {"errors": errors, "change of c": learned.transform.scale[...] - scale}
 
 
 # ---------------------------------------------------------------- Outlier Suppression+: thresholds
@@ -263,24 +268,13 @@ def our_threshold(w, x):
   return {"threshold": found.threshold[None], "loss": found.loss[None]}
 
 
-def torch_threshold(w, x):
-  low, high, target, w = x.amin(0), x.amax(0), x @ w, w.T.contiguous()
-  largest = torch.maximum(high.max(), -low.min())
-  step = (largest - 1.0) / 100
-  best = float("inf"), None
+# ---------------------------------------------------------------- LLM-FP4: formats and biases
 
-  def rounded(rows):
-    low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
-    return torch_round(rows, low, high, LEVELS)
 
-  for i in range(101):
-    threshold = largest - i * step
-    scale = torch.maximum(high / threshold, low / -threshold).clamp(min=1)
-    output = (rounded(x / scale) * scale) @ (rounded(w * scale) / scale).T
-    loss = (output - target).pow_(2).sum(-1).mean().item()
-    if loss < best[0]:
-      best = loss, threshold.item()
-  return {"threshold": torch.tensor([best[1]]), "loss": torch.tensor([best[0]])}
+def our_formats(w, x):
+  found = search_linear(w, x, jnp.abs(x).max(axis=0), FPQ)
+  formats = jnp.stack([found.weight_format, found.activation_format])
+  return {"formats": formats, "weight biases": found.weight_bias, "error": found.output_error[None]}
 
 
 # ---------------------------------------------------------------- VPTQ: k-means and the channels
@@ -301,19 +295,6 @@ def our_kmeans(vectors, importance, centroids):
   return {"centroids": found, "inertia": inertia[None]}
 
 
-def torch_kmeans(vectors, importance, centroids):
-  for _ in range(ITERATIONS):
-    sums, totals, inertia = torch.zeros_like(centroids), torch.zeros(len(centroids)), 0.0
-    squares = centroids.pow(2).sum(1)
-    for x, weight in zip(vectors.split(4096), importance.split(4096)):
-      distance, nearest = torch.addmm(squares, x, centroids.T, alpha=-2).min(1)
-      sums.index_add_(0, nearest, weight[:, None] * x)
-      totals.index_add_(0, nearest, weight)
-      inertia += (weight * (distance + x.pow(2).sum(1))).sum()
-    centroids = torch.where(totals[:, None] > 0, sums / totals[:, None], centroids)
-  return {"centroids": centroids, "inertia": inertia[None]}
-
-
 def with_factor(w, x):
   """Codebook of some of the vectors; U with inv(H) = U^T U, 1 % damped."""
   h = torch.from_numpy(2 * x.T @ x / len(x))
@@ -327,72 +308,79 @@ def our_pass(w, u, codebook):
   return {"indices": found.indices, "energy": jnp.sum(found.feedback**2)[None]}
 
 
-def torch_pass(w, u, codebook):
-  w, squares, energy = w.clone(), codebook.pow(2).sum(1), 0.0
-  indices = torch.empty(len(w), w.shape[1] // LENGTH, dtype=torch.long)
-  for start in range(0, len(w), BLOCK):
-    part, inner = w[start : start + BLOCK].clone(), u[start : start + BLOCK, start : start + BLOCK]
-    errors = torch.empty_like(part)
-    for i in range(BLOCK):
-      index = torch.addmm(squares, part[i].reshape(-1, LENGTH), codebook.T, alpha=-2).argmin(1)
-      indices[start + i] = index
-      errors[i] = (part[i] - codebook[index].reshape(-1)) / inner[i, i]
-      part[i:] -= inner[i, i:, None] * errors[i]
-    energy += errors.pow(2).sum()
-    w[start + BLOCK :] -= u[start : start + BLOCK, start + BLOCK :].T @ errors
-  return {"indices": indices, "energy": energy[None]}
-
-
 # ---------------------------------------------------------------- the comparison
 
 METHODS = {
-  "zeroquant_v2: LoRC's SVD": Method(
-    {"tokens": 512, "outputs": 1024, "rank": RANK},
+  "zeroquant_v2: LoRC, torch by SVD as published": Method(
+    {"outputs": 2048, "rank": RANK},
     rounding_error,
     our_factors,
-    torch_factors,
+    torch_methods.torch_factors_by_svd,
+    relative("product", 1e-3),
+  ),
+  "zeroquant_v2: LoRC, torch by eigenvectors": Method(
+    {"outputs": 2048, "rank": RANK},
+    rounding_error,
+    our_factors,
+    torch_methods.torch_factors_by_eigenvectors,
     relative("product", 1e-3),
   ),
   "qllm: matching of channels": Method(
     {"tokens": 4096, "outputs": WIDTH},
     with_splits,
     our_merges,
-    torch_merges,
+    torch_methods.torch_merges,
     both(equal_share("sources", 0.9), equal_share("targets", 0.9)),
   ),
   "flexround: steps of Adam": Method(
-    {"tokens": 512, "outputs": WIDTH, "steps": STEPS},
+    {"tokens": 2048, "outputs": WIDTH, "steps": STEPS},
     layer,
-    our_steps,
-    torch_steps,
+    our_flexround,
+    torch_methods.torch_flexround,
     both(relative("losses", 1e-2), equal_share("codes", 0.99)),
   ),
+  "flatquant: steps of Adam": Method(
+    {"tokens": 1024, "outputs": 2048, "steps": FLAT_STEPS},
+    with_matrices,
+    our_flatquant,
+    torch_methods.torch_flatquant,
+    # A value on a tie may be rounded either way, and Adam steps by the sign of small gradients.
+    both(relative("errors", 1e-2), relative("change of c", 0.1)),
+    blas_threads=1,
+  ),
   "outlier_suppression_plus: threshold search": Method(
-    {"tokens": 512, "outputs": 128, "candidates": 101},
+    {"tokens": 1024, "outputs": 256, "candidates": 101},
     small_range,
     our_threshold,
-    torch_threshold,
+    torch_methods.torch_threshold,
     both(relative("threshold", 0.02), relative("loss", 1e-3)),
   ),
+  "llm_fp4: search of formats and biases": Method(
+    {"tokens": 256, "outputs": 256, "rounds": FPQ.rounds, "candidates": 6 * GRID},
+    layer,
+    our_formats,
+    torch_methods.torch_formats,
+    both(equal_share("formats", 1), relative("error", 1e-2)),
+  ),
   "vptq: weighted k-means": Method(
-    {"tokens": 512, "outputs": 96, "centroids": CENTROIDS, "iterations": ITERATIONS},
+    {"tokens": 4096, "outputs": 192, "centroids": CENTROIDS, "iterations": ITERATIONS},
     vectors,
     our_kmeans,
-    torch_kmeans,
+    torch_methods.torch_kmeans,
     relative("inertia", 1e-3),
   ),
   "vptq: channels with feedback": Method(
-    {"tokens": 4096, "outputs": 96, "centroids": CENTROIDS},
+    {"tokens": 8192, "outputs": 384, "centroids": CENTROIDS},
     with_factor,
     our_pass,
-    torch_pass,
+    torch_methods.torch_pass,
     both(equal_share("indices", 0.9), relative("energy", 1e-2)),
   ),
   "adadim: error of either axis": Method(
-    {"tokens": 4096, "outputs": WIDTH},
+    {"tokens": 8192, "outputs": WIDTH},
     layer,
     our_axis_errors,
-    torch_axis_errors,
+    torch_methods.torch_axis_errors,
     relative("errors", 1e-3),
   ),
 }
@@ -401,16 +389,17 @@ METHODS = {
 def measure(name: str, side: str, repeats: int, out: pathlib.Path) -> None:
   """Runs one side of one method in this process; writes its seconds and its result."""
   method = METHODS[name]
-  w, x = make_layer(WIDTH, method.sizes["tokens"])
+  w, x = make_layer(WIDTH, method.sizes.get("tokens", 1))
   arrays = method.inputs(np.ascontiguousarray(w[:, : method.sizes["outputs"]]), x)
   if side == "torch":
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
-    run, arrays = method.torch, {k: torch.from_numpy(v) for k, v in arrays.items()}
+    run, arrays = method.torch, {k: torch.tensor(v) for k, v in arrays.items()}
   else:
     arrays = {k: jnp.asarray(v) for k, v in arrays.items()}
     run = jax.jit(lambda arrays: method.ours(**arrays)).lower(arrays).compile()
     run = functools.partial(lambda run, **arrays: run(arrays), run)
+    threadpool_limits(method.blas_threads, user_api="blas")
   # The first run warms caches and allocators.
   runs = [seconds(functools.partial(run, **arrays)) for _ in range(repeats + 1)]
   result = {k: np.asarray(v) for k, v in runs[-1][1].items()}
@@ -448,9 +437,27 @@ def compare(name: str, threads: int, repeats: int) -> dict:
   }
 
 
+def results_to_keep(path: pathlib.Path, record: dict) -> dict:
+  """The results of a file that were measured as `record` will be.
+
+  Raises:
+    SystemExit: they were measured otherwise.
+  """
+  old = json.loads(path.read_text())
+  for name in record.keys() - {"results"}:
+    if old.get(name) != record[name]:
+      sys.exit(
+        f"{path} has {name}={old.get(name)}, this run {record[name]}; run all methods again, or "
+        "write elsewhere with --out"
+      )
+  return {name: result for name, result in old["results"].items() if name in METHODS}
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-  parser.add_argument("--only", action="append", choices=METHODS, help="by default all")
+  parser.add_argument(
+    "--only", action="append", choices=METHODS, help="by default all; the others' results stay"
+  )
   parser.add_argument("--threads", type=int, default=2, help="cores of either side")
   parser.add_argument("--repeats", type=int, default=3, help="warm runs; the best counts")
   parser.add_argument(
@@ -476,6 +483,8 @@ def main():
       "python": platform.python_version(),
     },
   }
+  if args.only and args.out.exists():
+    record["results"] = results_to_keep(args.out, record)
   for name in args.only or METHODS:
     record["results"][name] = compare(name, args.threads, args.repeats)
     # After every method: what is measured is kept if a later one fails.

@@ -64,20 +64,31 @@ class LowRank:
 def low_rank(error: Array, rank: int) -> LowRank:
   """The best approximation of rank m of an error, with balanced factors: A^T A = B B^T = S_m.
 
+  V_m is the last m eigenvectors of E^T E, and U_m S_m = E V_m; of E E^T where that is smaller. The
+  eigenvectors cost a third of an SVD, and A B = E V_m V_m^T is a projection whatever their error.
+
   Args:
     error: E = W - W_q, [in, out].
     rank: m.
 
   Returns:
-    Factors in float32; the components are in descending order of their singular values.
+    Factors in float32; the components are in descending order of their singular values. Squared,
+    those below 3e-4 of the largest drown in float32's rounding of E^T E: ||E - A B||^2 exceeds the
+    least by up to about 1e-6 m times the largest squared singular value.
 
   Raises:
     UserError: the matrix has no such rank.
   """
   check_rank(rank, error.shape)
-  u, s, vt = jnp.linalg.svd(error.astype(jnp.float32), full_matrices=False)
-  root = jnp.sqrt(s[:rank])
-  return LowRank(u[:, :rank] * root, root[:, None] * vt[:rank])
+  error = error.astype(jnp.float32)
+  if error.shape[0] < error.shape[1]:
+    transposed = low_rank(error.T, rank)
+    return LowRank(transposed.b.T, transposed.a.T)
+  _, vectors = jnp.linalg.eigh(jnp.matmul(error.T, error, precision="highest"))
+  v = vectors[:, ::-1][:, :rank]
+  us = jnp.matmul(error, v, precision="highest")
+  root = jnp.sqrt(jnp.linalg.norm(us, axis=0))
+  return LowRank(us / jnp.where(root > 0, root, 1), root[:, None] * v.T)
 
 
 def check_rank(rank: int, shape: tuple[int, int]) -> None:

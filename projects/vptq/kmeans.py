@@ -10,6 +10,9 @@ Array = jax.Array
 # Distances of one chunk, chunk x num_centroids: bounds the temporary memory to some tens of MB.
 CHUNK_DISTANCES = 2**22
 
+# Centroids that `_argmin` looks at together on the CPU.
+TILE = 64
+
 
 def nearest_centroid(x: Array, weights: Array, centroids: Array) -> Array:
   """argmin_c sum_j weights_j (x_j - c_j)^2, int32 [n]; of equals the first.
@@ -19,16 +22,52 @@ def nearest_centroid(x: Array, weights: Array, centroids: Array) -> Array:
     weights: [n, v]; 0 takes a coordinate out.
     centroids: [k, v].
   """
-  return jnp.argmin(_distances(x, weights, centroids), axis=-1)
+  return _argmin(_distances(x, weights, centroids))
 
 
 def _distances(x: Array, weights: Array, centroids: Array) -> Array:
   """Weighted squared distances less sum_j w_j x_j^2, which no choice depends on, [n, k].
 
-  Expanded into two matrix products, w @ (c^2)^T - 2 (w x) @ c^T.
+  Expanded, w @ (c^2)^T - 2 (w x) @ c^T, and taken as one product of twice as many columns: at a few
+  columns the time goes into writing the distances.
   """
-  squares = jnp.matmul(weights, (centroids**2).T, precision="highest")
-  return squares - 2 * jnp.matmul(weights * x, centroids.T, precision="highest")
+  vectors = jnp.concatenate([weights, weights * x], axis=1)
+  targets = jnp.concatenate([centroids**2, -2 * centroids], axis=1)
+  return jnp.matmul(vectors, targets.T, precision="highest")
+
+
+def _argmin(distances: Array) -> Array:
+  """jnp.argmin over the last axis, int32 [n]; of equals the first.
+
+  On the CPU XLA compiles argmin to scalar code, and min to vector code which is ten times faster:
+  there the least tile is found first, by its min, and argmin looks at that tile only.
+  """
+
+  def by_tiles(distances):
+    n, k = distances.shape
+    tile = min(TILE, k)
+    padded = jnp.pad(distances, ((0, 0), (0, -k % tile)), constant_values=jnp.inf)
+    tiles = padded.reshape(n, -1, tile)
+    best = jnp.argmin(tiles.min(axis=-1), axis=-1)
+    nearest = jnp.take_along_axis(tiles, best[:, None, None], axis=1)[:, 0]
+    return best * tile + jnp.argmin(nearest, axis=-1)
+
+  whole = functools.partial(jnp.argmin, axis=-1)
+  return jax.lax.platform_dependent(distances, cpu=by_tiles, default=whole)
+
+
+def _sums(x: Array, index: Array, k: int) -> Array:
+  """The sum of the rows with each index, [n, m] -> [k, m].
+
+  A scatter on the CPU. Accelerators run one row by row or in no fixed order: they multiply by the
+  matrix of memberships.
+  """
+
+  def product(x, index):
+    return jnp.matmul(jax.nn.one_hot(index, k, dtype=x.dtype).T, x, precision="highest")
+
+  scatter = functools.partial(jax.ops.segment_sum, num_segments=k)
+  return jax.lax.platform_dependent(x, index, cpu=scatter, default=product)
 
 
 @functools.partial(jax.jit, static_argnames="num_centroids")
@@ -82,10 +121,7 @@ def lloyd(
     def add(totals, chunk):
       x, weights = chunk
       distances = _distances(x, weights, centroids)
-      member = jax.nn.one_hot(jnp.argmin(distances, axis=-1), k, dtype=jnp.float32)
-      sums = jnp.matmul(
-        member.T, jnp.concatenate([weights * x, weights], axis=1), precision="highest"
-      )
+      sums = _sums(jnp.concatenate([weights * x, weights], axis=1), _argmin(distances), k)
       inertia = jnp.sum(jnp.min(distances, axis=-1)) + jnp.sum(weights * x**2)
       return (totals[0] + sums, totals[1] + inertia), None
 

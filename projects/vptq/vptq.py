@@ -258,8 +258,14 @@ def column_pass(
     _, _, _, done = jax.lax.fori_loop(
       0, block, quantize_channel, (part, start, u_block, empty(block))
     )
-    # Channels of this block and before are no longer read: they may be updated as well.
-    w = w - jnp.matmul(u_rows.T, done.feedback, precision="highest")
+
+    def update_behind(k, w):
+      u_part = jax.lax.dynamic_slice_in_dim(u_rows, k * block, block, axis=1)
+      behind = jax.lax.dynamic_slice_in_dim(w, k * block, block)
+      behind = behind - jnp.matmul(u_part.T, done.feedback, precision="highest")
+      return jax.lax.dynamic_update_slice_in_dim(w, behind, k * block, axis=0)
+
+    w = jax.lax.fori_loop(b + 1, (rows + padded) // block, update_behind, w)
     write = lambda a, x: jax.lax.dynamic_update_slice_in_dim(a, x, start, axis=0)
     return w, jax.tree.map(write, out, done)
 

@@ -183,6 +183,23 @@ def test_an_empty_cluster_stays_and_ties_go_to_the_first():
   assert int(index[0]) == 0
 
 
+@pytest.mark.parametrize("k", [64, 100, 256])
+def test_many_centroids_against_the_definition(k):
+  """More than the CPU compares at once. Whole numbers: distances are exact, and often equal."""
+  rng = np.random.default_rng(3)
+  x, centroids = rng.integers(-3, 4, (300, 2)), rng.integers(-3, 4, (k, 2))
+  weights = rng.integers(0, 3, (300, 2))
+  distances = (weights[:, None] * (x[:, None] - centroids) ** 2).sum(-1)
+  arrays = [jnp.asarray(a, jnp.float32) for a in (x, weights, centroids)]
+  np.testing.assert_array_equal(nearest_centroid(*arrays), distances.argmin(-1))
+  moved, inertia = lloyd(*arrays, max_iterations=1)
+  assert float(inertia) == distances.min(-1).sum()
+  member = np.eye(k)[distances.argmin(-1)]
+  total = member.T @ weights
+  mean = member.T @ (weights * x) / np.maximum(total, 1)
+  np.testing.assert_allclose(moved, np.where(total > 0, mean, centroids), rtol=1e-6)
+
+
 def test_residual_codebook_with_zero_never_adds_error():
   w, codebook = normal(0, 20, 10), normal(1, 1, 16, 3)
   residual = normal(2, 1, 8, 3).at[0, 0].set(0.0)

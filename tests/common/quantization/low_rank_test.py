@@ -41,6 +41,25 @@ def test_no_other_matrix_of_the_rank_is_nearer(error):
     assert np.square(error - a @ b).sum() >= best * (1 - 1e-5)
 
 
+@pytest.mark.parametrize("decay", [0.0, 6.0])
+def test_excess_over_the_best_in_float64(decay):
+  """Of a wide matrix with a flat spectrum, or one that falls by six orders of magnitude."""
+  rng = np.random.default_rng(3)
+  u, v = (np.linalg.qr(rng.normal(size=(n, 16)))[0] for n in (16, 24))
+  s, rank = np.logspace(0, -decay, 16), 8
+  e = ((u * s) @ v.T).astype(np.float32)
+  factors = low_rank.low_rank(jnp.asarray(e), rank)
+  a, b = (np.asarray(f, np.float64) for f in (factors.a, factors.b))
+  best = np.square(np.linalg.svd(e.astype(np.float64), compute_uv=False)[rank:]).sum()
+  # m eigenvalues of E E^T (largest: 1), each off by a few float32 roundings.
+  assert np.square(e - a @ b).sum() - best < rank * 1e-6
+
+
+def test_an_error_of_zero_has_factors_of_zero():
+  factors = low_rank.low_rank(jnp.zeros((16, 24)), 8)
+  assert not factors.a.any() and not factors.b.any()
+
+
 def test_factors_are_balanced(error):
   factors = low_rank.low_rank(jnp.asarray(error), 5)
   s = np.diag(np.linalg.svd(error, compute_uv=False)[:5])
