@@ -47,7 +47,7 @@ class InContextRegressor:
     digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = cache_dir("icl_uncertainty") / digest
     if not path.exists():
-      trained = fit(self._config, self._name, model)
+      trained = fit(self._config, {self._name: model})[self._name]
       save_params(path, nnx.to_pure_dict(trained), {"settings": settings})
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     states = jax.eval_shape(

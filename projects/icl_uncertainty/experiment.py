@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,13 @@ from ml_collections import ConfigDict
 from common.errors import UserError
 from common.reporting.report import Report
 from projects.icl_uncertainty import bayes, comparators, tables
-from projects.icl_uncertainty.icl_uncertainty import Architecture, Training, graph, train
+from projects.icl_uncertainty.icl_uncertainty import (
+  Architecture,
+  Model,
+  Training,
+  abstract_transformer,
+  train,
+)
 from projects.icl_uncertainty.metrics import Evaluation, Prediction
 from projects.icl_uncertainty.prompts import (
   FiniteNoise,
@@ -47,8 +52,7 @@ LARGEST_POOL = 4096
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Trains every model, predicts every test set, and reports."""
   check(config)
-  params = {name: fit(config, name, model) for name, model in models(config).items()}
-  return tables.report(config, workdir, evaluate(config, params))
+  return tables.report(config, workdir, evaluate(config, fit(config, models(config))))
 
 
 def check(config: ConfigDict) -> None:
@@ -87,15 +91,6 @@ def noise_prior(config: ConfigDict) -> Noise:
   return kinds[config.noise]()
 
 
-class Model(NamedTuple):
-  """What is trained; `prompts` changes the fields of the fresh-task `PromptDistribution`."""
-
-  architecture: Architecture
-  training: Training
-  prompts: dict
-  mean_only: bool = False
-
-
 def models(config: ConfigDict) -> dict[str, Model]:
   """The models of the experiment by name; those with equal sizes share a compiled program."""
   architecture = Architecture(
@@ -114,6 +109,9 @@ def models(config: ConfigDict) -> dict[str, Model]:
     learning_rate=config.learning_rate,
     final_learning_rate=config.final_learning_rate,
     warmup=config.warmup,
+    b1=config.b1,
+    b2=config.b2,
+    weight_decay=config.weight_decay,
   )
   change = dataclasses.replace
   meta = {"covariate_scale": config.meta_scale, "covariate_shift": config.meta_shift}
@@ -140,29 +138,24 @@ def distribution(config: ConfigDict, use: int, **changes) -> PromptDistribution:
 
 def seed_keys(config: ConfigDict, use: int) -> Array:
   """A key for every seed, [seeds]; other uses have other keys."""
-  seeds = jnp.arange(config.seed, config.seed + config.seeds)
+  return _seed_keys(np.arange(config.seed, config.seed + config.seeds), use)
+
+
+@jax.jit
+def _seed_keys(seeds: Array, use: int) -> Array:
   return jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), use))(seeds)
 
 
-def fit(config: ConfigDict, name: str, model: Model):
-  """Trains one model on every seed; the parameters have a leading axis [seeds]."""
-  prompts = distribution(config, 0, **model.prompts)
-  keys = seed_keys(config, 1)
-  return train(
-    model.architecture,
-    model.training,
-    prompts,
-    keys,
-    mean_only=model.mean_only,
-    chunk=config.chunk,
-    description=name,
-  )
+def fit(config: ConfigDict, chosen: dict[str, Model]) -> dict:
+  """Trains the models on every seed: parameters by name, with a leading axis [seeds]."""
+  prompts = {name: distribution(config, 0, **model.prompts) for name, model in chosen.items()}
+  return train(chosen, prompts, seed_keys(config, 1), chunk=config.chunk)
 
 
 @functools.partial(jax.jit, static_argnames="architecture")
 def predict(architecture: Architecture, params, x: Array, y: Array) -> Prediction:
   """Every seed's model on its own prompts: x [seeds, n, T, d], y [seeds, n, T] -> [seeds, n, T]."""
-  graphdef = graph(architecture)
+  graphdef, _ = abstract_transformer(architecture)
   return jax.vmap(lambda params, x, y: nnx.merge(graphdef, params)(x, y))(params, x, y)
 
 

@@ -11,14 +11,18 @@ trained on the bi-objective loss, the average over t of
 which E[y_t | H_t] and Var(y_t | H_t) minimise. Every step has a fresh batch of prompts.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from common.errors import UserError
@@ -45,7 +49,8 @@ class Architecture:
     hidden_size, num_layers, num_heads: of the blocks.
     positions: whether tokens know where they are.
     window: S, how many last tokens a token sees, itself included; None: all.
-    merged_tokens: token t is (x_t, y_{t-1}), T tokens, instead of x_1, y_1, x_2, ..., 2 T tokens.
+    merged_tokens: token t is (x_t, x_{t-1}, y_{t-1}), T tokens, instead of x_1, y_1, x_2, ..., 2 T
+      tokens.
   """
 
   dim: int
@@ -95,8 +100,8 @@ class Transformer(nnx.Module):
     self.architecture = architecture
     config = architecture.decoder()
     width = config.hidden_size
-    merged = architecture.merged_tokens
-    self.project_in = nnx.Linear(architecture.dim + merged, width, rngs=rngs)
+    dim, merged = architecture.dim, architecture.merged_tokens
+    self.project_in = nnx.Linear(2 * dim + 1 if merged else dim, width, rngs=rngs)
     rows = architecture.max_length * (1 if merged else 2)
     init = nnx.initializers.normal(0.02)
     self.embed_positions = (
@@ -132,9 +137,13 @@ class Transformer(nnx.Module):
 
 
 def merge(x: Array, y: Array) -> Array:
-  """Token t is (x_t, y_{t-1}), with y_0 = 0: y_t is not visible at its own output. [b, T, d + 1]"""
-  before = jnp.pad(y, ((0, 0), (1, 0)))[:, :-1]
-  return jnp.concatenate([x, before[..., None]], axis=-1)
+  """Token t is (x_t, x_{t-1}, y_{t-1}), with x_0 = y_0 = 0: [batch, T, 2 d + 1].
+
+  y_t is not visible at its own output, and a label stands beside its covariates: no layer has to
+  bring them together.
+  """
+  before = jnp.pad(jnp.concatenate([x, y[..., None]], axis=-1), ((0, 0), (1, 0), (0, 0)))[:, :-1]
+  return jnp.concatenate([x, before], axis=-1)
 
 
 def alternate(x: Array, y: Array) -> Array:
@@ -150,7 +159,8 @@ class Training:
 
   Attributes:
     steps, batch, length: number of steps, prompts in each, labels T in each prompt.
-    learning_rate, final_learning_rate, warmup: Adam's, with a cosine between them.
+    learning_rate, final_learning_rate, warmup: AdamW's, with a cosine between them.
+    b1, b2, weight_decay: AdamW's.
   """
 
   steps: int
@@ -159,6 +169,9 @@ class Training:
   learning_rate: float
   final_learning_rate: float
   warmup: int
+  b1: float
+  b2: float
+  weight_decay: float
 
   def optimizer(self):
     return make_optimizer(
@@ -166,15 +179,26 @@ class Training:
       num_steps=self.steps,
       warmup_steps=self.warmup,
       final_fraction=self.final_learning_rate / self.learning_rate,
-      b2=0.999,
+      weight_decay=self.weight_decay,
+      b1=self.b1,
+      b2=self.b2,
       clip_norm=1.0,
     )
 
 
-def graph(architecture: Architecture) -> nnx.GraphDef:
-  """The program of the Transformer without its arrays."""
-  abstract = nnx.eval_shape(lambda: Transformer(architecture, rngs=nnx.Rngs(0)))
-  return nnx.split(abstract)[0]
+class Model(NamedTuple):
+  """What is trained: `prompts` changes the fields of the fresh-task `PromptDistribution`."""
+
+  architecture: Architecture
+  training: Training
+  prompts: dict
+  mean_only: bool = False
+
+
+@functools.cache
+def abstract_transformer(architecture: Architecture) -> tuple[nnx.GraphDef, nnx.State]:
+  """The program of the Transformer, and the shapes of its parameters."""
+  return nnx.split(nnx.eval_shape(lambda: Transformer(architecture, rngs=nnx.Rngs(0))))
 
 
 def init_params(architecture: Architecture, key: Array):
@@ -182,8 +206,7 @@ def init_params(architecture: Architecture, key: Array):
 
   One draw for all: every call of the generator is inlined, and takes long to compile.
   """
-  abstract = nnx.eval_shape(lambda: Transformer(architecture, rngs=nnx.Rngs(0)))
-  shapes = nnx.split(abstract)[1]
+  shapes = abstract_transformer(architecture)[1]
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
   draws, start = jax.random.normal(key, (total,)), 0
 
@@ -203,7 +226,7 @@ def init_params(architecture: Architecture, key: Array):
 
 @functools.partial(jax.jit, static_argnames=("architecture", "training"))
 def init_states(architecture: Architecture, training: Training, keys: Array) -> TrainState:
-  """States at step 0, one for each key: parameters, Adam's moments, the key of the prompts."""
+  """States at step 0, one for each key: parameters, AdamW's moments, the key of the prompts."""
 
   def init(key):
     params_key, prompts_key = jax.random.split(key)
@@ -236,11 +259,11 @@ def sample_batches(
 
 
 def make_update(architecture: Architecture, training: Training) -> Callable:
-  """`update(state, prompts, mean_only) -> (state, metrics)`: a step of Adam on the loss.
+  """`update(state, prompts, mean_only) -> (state, metrics)`: a step of AdamW on the loss.
 
   `mean_only` (bool []) is the ablation without the variance head: the loss is (y - yhat)^2 / 2.
   """
-  graphdef = graph(architecture)
+  graphdef, _ = abstract_transformer(architecture)
 
   def loss_fn(params, prompts: Prompts, key, mean_only):
     del key  # No dropout.
@@ -267,57 +290,76 @@ def make_chunk(architecture: Architecture, training: Training) -> Callable:
 
 
 def train(
-  architecture: Architecture,
-  training: Training,
-  distributions: PromptDistribution,
+  models: dict[str, Model],
+  distributions: dict[str, PromptDistribution],
   keys: Array,
   *,
-  mean_only: bool = False,
   chunk: int = 100,
-  description: str = "training",
   quiet: bool = False,
-):
-  """Trains one model for each key, side by side.
+) -> dict:
+  """Trains every model from every key, `chunk` steps of each model in turn.
+
+  The seeds of a model are one program. Its products are too small for XLA to share them out over
+  the cores of a CPU: each core runs the program of another model.
 
   Args:
-    architecture, training: the same for all.
-    distributions: of their prompts; every leaf has a leading axis [models].
-    keys: of initial parameters and prompts, [models].
-    mean_only: train the mean alone, see `make_update`.
-    chunk: steps between two looks at the loss; it must divide `training.steps`.
-    description, quiet: of the progress bar.
+    models: by name; all have the same number of steps.
+    distributions: of each model's prompts; every leaf has a leading axis [seeds].
+    keys: of initial parameters and prompts, [seeds].
+    chunk: steps between two looks at the loss; it must divide the number of steps.
+    quiet: no progress bar.
 
   Returns:
-    The parameters, every leaf [models, ...].
+    The parameters by name, every leaf [seeds, ...].
 
   Raises:
     UserError: a loss is not finite, or the sizes do not fit.
   """
-  if training.steps % chunk:
-    raise UserError(f"steps={training.steps} must be a multiple of chunk={chunk}")
-  if training.length > architecture.max_length:
-    raise UserError(f"prompts of {training.length} labels exceed {architecture.max_length}")
-  state = init_states(architecture, training, keys)
-  sample = functools.partial(sample_batches, steps=chunk, training=training, dim=architecture.dim)
-  run = make_chunk(architecture, training)
-  losses, started = [], None
-  with Progress(description, 0, training.steps, "prompts", quiet) as progress:
-    for done in range(chunk, training.steps + 1, chunk):
-      prompts = sample(state.key, done - chunk, distributions)
-      state, metrics = run(state, prompts, mean_only)
-      losses.append(metrics["loss"])
-      if len(losses) < 2:
-        continue
-      # Wait for the chunk before this one only: the device always has the next to run.
-      shown = float(jnp.mean(losses[-2]))
-      now = time.perf_counter()
-      speed = (done - 2 * chunk) / (now - started) if started else None
-      started = started or now
-      rate = None if speed is None else speed * training.batch * len(keys)
-      progress.report(done - chunk, {"loss": shown}, speed, rate)
-  if not jnp.isfinite(losses[-1]).all():
-    raise UserError(
-      f"{description} diverged: the last losses are {losses[-1]}; lower learning_rate="
-      f"{training.learning_rate:g} or lengthen warmup={training.warmup}"
+  for name, (architecture, training, *_) in models.items():
+    if training.steps % chunk:
+      raise UserError(f"steps={training.steps} must be a multiple of chunk={chunk}")
+    if training.length > architecture.max_length:
+      raise UserError(
+        f"{name}: prompts of {training.length} labels exceed {architecture.max_length}"
+      )
+  first = next(iter(models.values())).training
+  states = {
+    name: init_states(model.architecture, model.training, keys) for name, model in models.items()
+  }
+
+  def advance(name: str, done: int) -> np.ndarray:
+    """`chunk` steps of one model; the mean losses [seeds], once they are there."""
+    architecture, training, *_ = models[name]
+    prompts = sample_batches(
+      states[name].key,
+      done,
+      distributions[name],
+      steps=chunk,
+      training=training,
+      dim=architecture.dim,
     )
-  return state.params
+    run = make_chunk(architecture, training)
+    states[name], metrics = run(states[name], prompts, models[name].mean_only)
+    return np.asarray(metrics["loss"])
+
+  with (
+    Progress("training", 0, first.steps, "prompts", quiet) as progress,
+    concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as cores,
+  ):
+    started = None
+    for done in range(0, first.steps, chunk):
+      # The first time in one thread: two would compile the same program twice.
+      each = cores.map if done else map
+      losses = np.stack(list(each(advance, models, [done] * len(models))))
+      for name, loss in zip(models, losses):
+        if not np.isfinite(loss).all():
+          raise UserError(
+            f"the training of {name} diverged: the last losses are {loss}; lower learning_rate="
+            f"{first.learning_rate:g} or lengthen warmup={first.warmup}"
+          )
+      now = time.perf_counter()
+      speed = done / (now - started) if started else None
+      started = started or now
+      rate = None if speed is None else speed * first.batch * losses.size
+      progress.report(done + chunk, {"loss": float(losses.mean())}, speed, rate)
+  return {name: state.params for name, state in states.items()}

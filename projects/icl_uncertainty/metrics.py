@@ -68,4 +68,4 @@ def icl_score(sd: Array, sigma: Array) -> Array:
   1 follows the noise of the prompt (in-context learning), 0 ignores it (in-weight learning).
   """
   centred = sigma - sigma.mean()
-  return jnp.sum(centred * sd) / jnp.sum(centred**2)
+  return (centred * sd).sum() / (centred**2).sum()

@@ -41,8 +41,8 @@ def get_config(preset: str = "default") -> ConfigDict:
       "kernel_width": 1.0,
       "max_distance": float("inf"),
       "bag_factor": "quadratic",
-      "damping": 0.5,
-      "max_iterations": 60,
+      "damping": 0.8,  # Below 0.72 pairs of bag mates oscillate at lambda_bag = 12: see the README.
+      "max_iterations": 150,
       "tolerance": 1e-3,
       "pseudo_labels": "hard",
       "tau": 0.5,

@@ -45,8 +45,8 @@ class Options:
   kernel_width: float = 1.0
   max_distance: float = float("inf")
   bag_factor: str = "quadratic"
-  damping: float = 0.5
-  max_iterations: int = 100
+  damping: float = 0.8
+  max_iterations: int = 150
   tolerance: float = 1e-3
   pseudo_labels: str = "hard"
   tau: float = 0.5

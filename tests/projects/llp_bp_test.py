@@ -239,6 +239,21 @@ def test_non_convergence_is_reported():
   assert infer(factor="cardinality", **settings).converged
 
 
+def test_the_default_damping_holds_all_weights_of_the_default_grid():
+  """A bag of 64 flips for ever unless the damping exceeds (lambda_bag - 2) / (lambda_bag + 2)."""
+  settings = config.get_config()
+  bags = graph.group_bags(np.zeros(64, int), np.array([20.0]))
+  pairs = (np.zeros((64, 1)), np.arange(64)[:, None] ^ 1)
+  edges = graph.merge_bag_mates(graph.neighbour_edges(pairs), bags)
+  for lambda_bag, damping in itertools.product(settings.lambda_bag, (0.5, settings.damping)):
+    found = belief_propagation.infer(edges, bags, 0.0, lambda_bag, damping=damping)
+    holds = damping > (lambda_bag - 2) / (lambda_bag + 2)
+    assert found.converged == holds, (lambda_bag, damping)
+    assert holds or damping == 0.5
+    if holds:
+      assert np.all((found.probability > 0.3) & (found.probability < 0.5))  # The share is 0.31.
+
+
 def test_the_graph_of_neighbours():
   distance, rows = graph.nearest(X, K)
   full = np.linalg.norm(X[:, None] - X, axis=-1) + np.diag(np.full(N, np.inf))
