@@ -8,12 +8,19 @@ X [n1, n2] in row-major order, by
 with n (n1 + n2) multiplications instead of n^2 (Sun et al., "FlatQuant", 2024, equations 3 and 4).
 """
 
+import math
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
-from kernels.kronecker_quantize import xla
+from kernels.kronecker_quantize import mosaic_tpu, xla
+from kernels.platform import has_one_tpu
 
 Array = jax.Array
+
+# Of fewer rows XLA's program is shorter (benchmarks/kernels/fused_tpu).
+_FEWEST_ROWS_IN_KERNEL = 16
 
 
 def kronecker_transform(x: Array, left: Array, right: Array) -> Array:
@@ -32,9 +39,17 @@ def kronecker_transform(x: Array, left: Array, right: Array) -> Array:
 
 
 def kronecker_quantize(
-  x: Array, left: Array, right: Array, clip: Array | None = None, *, bits: int
+  x: Array,
+  left: Array,
+  right: Array,
+  clip: Array | None = None,
+  *,
+  bits: int,
+  implementation: Literal["xla", "mosaic_tpu"] | None = None,
 ) -> tuple[Array, Array]:
   """x (P1 (x) P2), quantized symmetrically per token.
+
+    y = x (P1 (x) P2),   s = max(|c0 min y|, |c1 max y|) / (2^(bits-1) - 1),   q = round(y / s)
 
   Args:
     x: [..., n], float32 or bfloat16.
@@ -42,19 +57,36 @@ def kronecker_quantize(
     right: P2, [n2, n2]; n1 n2 = n.
     clip: factors of the smallest and of the largest value of every token, [2]; by default 1.
     bits: of a code, 2 to 8.
+    implementation: "xla" for any arguments and platform; "mosaic_tpu", which reads x and writes the
+      codes once (see its `unsupported`), and may round a value differently that lies at the middle
+      of two codes but for the products' rounding. None picks mosaic_tpu where it supports the
+      arguments, of 16 rows or more in a process with one TPU, as the compiler does not cut a kernel
+      over several.
 
   Returns:
     codes int8 [..., n] and their scales float32 [..., 1]; the transformed x is about codes * scales.
 
   Raises:
-    ValueError: an argument has an unsupported value, shape or type.
+    ValueError: an argument has an unsupported value, shape or type, or the implementation that is
+      named does not support them.
   """
+  if implementation not in (None, "xla", "mosaic_tpu"):
+    raise ValueError(
+      f"implementation {implementation!r} is not supported; supported: xla, mosaic_tpu"
+    )
   _check(x, left, right)
   if not 2 <= bits <= 8:
     raise ValueError(f"{bits} bits are not supported; supported: 2 to 8")
   if clip is not None and clip.shape != (2,):
     raise ValueError(f"clip has shape {clip.shape}, expected (2,)")
-  return xla.kronecker_quantize(x, left, right, clip, bits)
+  problem = mosaic_tpu.unsupported(x, left, right)
+  if implementation == "mosaic_tpu" and problem:
+    raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
+  rows = math.prod(x.shape[:-1])
+  if implementation is None and not problem and rows >= _FEWEST_ROWS_IN_KERNEL and has_one_tpu():
+    implementation = "mosaic_tpu"
+  chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
+  return chosen.kronecker_quantize(x, left, right, clip, bits)
 
 
 def _check(x: Array, left: Array, right: Array) -> None:

@@ -23,9 +23,19 @@ def quantized_matmul(
   zero_points: Array | None = None,
   *,
   bits: int,
+  low_rank: tuple[Array, Array] | None = None,
+  input_scale: Array | None = None,
+  input_shift: Array | None = None,
   implementation: Literal["xla", "mosaic_tpu", "mosaic_gpu"] | None = None,
 ) -> Array:
-  """Computes x @ W for W [in, out] stored in low-bit codes.
+  """Computes x @ W for W [in, out] stored in low-bit codes, and what methods put around it:
+
+    x~ = (x - z) / s,     y = x~ W + (x~ A) B
+
+  s alone is SmoothQuant's (Xiao et al. 2023, equation 3), with z it is Outlier Suppression+'s (Wei et
+  al. 2023, section 4.1): W is then diag(s) times the original weight, and z times that is in the bias.
+  A B is LoRC's of the error of W (ZeroQuant-V2, section 5), or QLLM's while it learns (section 4.2).
+  It stands beside W, and so takes x~.
 
   Args:
     x: [..., in], float32 or bfloat16.
@@ -35,13 +45,16 @@ def quantized_matmul(
       [1, 1] (per tensor), any float type.
     zero_points: unsigned codes of the value 0, shaped like `scales`; None for symmetric codes.
     bits: 2, 3, 4, 6 or 8; 6-bit codes are stored as 8-bit ones.
+    low_rank: A [in, r] and B [r, out], floating point.
+    input_scale: s, [in]; input_shift: z, [in], floating point. x~ is rounded to x's dtype.
     implementation: "xla" for any arguments and platform, "mosaic_tpu" for a few rows on TPU,
       "mosaic_gpu" for bfloat16 x on Hopper GPUs (see their `unsupported`). None picks mosaic_tpu
       where it supports the arguments, in a process with one TPU, as the compiler does not cut a kernel
       over several; mosaic_gpu, which has not run on a GPU yet, has to be named.
 
   Returns:
-    [..., out] in x's dtype; sums are accumulated in float32.
+    [..., out] in x's dtype; sums are accumulated in float32. Differentiable by x, scales, low_rank,
+    input_scale and input_shift.
 
   Raises:
     ValueError: an argument has an unsupported value, shape or type, or the implementation that is
@@ -69,6 +82,7 @@ def quantized_matmul(
     raise ValueError(f"scales {scales.shape} do not divide the weights ({rows}, {columns})")
   if zero_points is not None and zero_points.shape != scales.shape:
     raise ValueError(f"zero_points {zero_points.shape} differ from scales {scales.shape}")
+  _check_around(low_rank, input_scale, input_shift, rows, columns)
   if bits == 6:
     bits = 8  # The same arrays: zero points are absolute, and signs are extended.
   problems = {
@@ -84,5 +98,27 @@ def quantized_matmul(
       implementation = "mosaic_tpu"
     else:
       implementation = "xla"
-  chosen = _IMPLEMENTATIONS[implementation]
-  return chosen.quantized_matmul(x, values, scales, zero_points, bits=bits)
+  # XLA does what is around a kernel: on TPU it all stays on the chip (benchmarks/kernels/fused_tpu).
+  x = xla.transform_input(x, input_scale, input_shift)
+  y = _IMPLEMENTATIONS[implementation].quantized_matmul(x, values, scales, zero_points, bits=bits)
+  return y if low_rank is None else xla.add_low_rank(y, x, *low_rank)
+
+
+def _check_around(low_rank, input_scale, input_shift, rows: int, columns: int) -> None:
+  for name, array in (("input_scale", input_scale), ("input_shift", input_shift)):
+    if array is not None and (
+      array.shape != (rows,) or not jnp.issubdtype(array.dtype, jnp.floating)
+    ):
+      raise ValueError(f"{name} is {array.dtype} {array.shape}, expected floating point ({rows},)")
+  if low_rank is None:
+    return
+  a, b = low_rank
+  for name, array in (("A", a), ("B", b)):
+    if array.ndim != 2 or not jnp.issubdtype(array.dtype, jnp.floating):
+      raise ValueError(
+        f"{name} of low_rank is {array.dtype} {array.shape}, expected a floating-point matrix"
+      )
+  if (a.shape[0], b.shape[1]) != (rows, columns) or a.shape[1] != b.shape[0]:
+    raise ValueError(
+      f"low_rank has shapes {a.shape} and {b.shape}, expected ({rows}, r) and (r, {columns})"
+    )

@@ -50,3 +50,21 @@ def quantized_matmul(
     x, values, scales = jax.lax.optimization_barrier((x, values, scales))
   weights = dequantize(values, scales, zero_points, bits=bits, rows=x.shape[-1], dtype=x.dtype)
   return jnp.dot(x, weights, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def transform_input(x: Array, scale: Array | None, shift: Array | None) -> Array:
+  """x~ = (x - shift) / scale of x [..., in], scale and shift [in] or None; in x's dtype."""
+  if scale is None and shift is None:
+    return x
+  y = x.astype(jnp.float32)
+  if shift is not None:
+    y = y - shift.astype(jnp.float32)
+  if scale is not None:
+    y = y / scale.astype(jnp.float32)
+  return y.astype(x.dtype)
+
+
+def add_low_rank(y: Array, x: Array, a: Array, b: Array) -> Array:
+  """y + (x A) B, of y [..., out], x [..., in], A [in, r] and B [r, out]; in y's dtype."""
+  dot = lambda x, w: jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+  return (y.astype(jnp.float32) + dot(dot(x, a).astype(x.dtype), b)).astype(y.dtype)
