@@ -15,7 +15,7 @@ from jax import Array
 from common.cli import closest
 from common.errors import UserError
 from projects.dsl import dsl, moments
-from projects.dsl.moments import Estimate, Family, Sample
+from projects.dsl.moments import Sample
 from projects.dsl.problem import Data, Problem
 
 BASELINES = ("SO", "pooled", "SSL", "GSO")
@@ -42,19 +42,15 @@ def gold_only(data: Data) -> Sample:
   return Sample(x, y, jnp.zeros_like(x), jnp.zeros_like(y), weight)
 
 
-def estimate_baseline(
-  name: str, data: Data, predictions: Array | None, *, family: Family, gold: tuple[int, ...]
-) -> Estimate:
-  """A baseline, as a pure function; `predictions` [n, v] are of account for SSL only."""
+def baseline_sample(name: str, data: Data, gold: tuple[int, ...], predictions: Array) -> Sample:
+  """What a baseline is an ordinary regression of; `predictions` [n, v] are SSL's alone."""
   if name == "GSO":
-    sample = gold_only(data)
-  elif name == "SSL":
-    sample = as_if_true(data, gold, predictions)
-  elif name == "pooled":
-    sample = as_if_true(data, gold, pooled_values(data, gold))
-  else:
-    sample = as_if_true(data, gold, jnp.asarray(data.surrogates))
-  return moments.estimate(family, sample, data.clusters)
+    return gold_only(data)
+  if name == "SSL":
+    return as_if_true(data, gold, predictions)
+  if name == "pooled":
+    return as_if_true(data, gold, pooled_values(data, gold))
+  return as_if_true(data, gold, jnp.asarray(data.surrogates))
 
 
 def fit_baseline(
@@ -84,7 +80,8 @@ def fit_baseline(
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4))
 def _estimate_all(name, data, predictions, family, gold):
-  return jax.lax.map(
-    lambda predictions: estimate_baseline(name, data, predictions, family=family, gold=gold),
-    predictions,
-  )
+  def of_split(predictions):
+    sample = baseline_sample(name, data, gold, predictions)
+    return moments.estimate(family, sample, data.clusters)
+
+  return jax.lax.map(of_split, predictions)

@@ -35,7 +35,7 @@ def get_config(preset: str = "default") -> ConfigDict:
       "seed": 0,
       # Claims are tested on so many blocks of draws (the "seeds" of a report).
       "blocks": 5,
-      # Monte-Carlo draws of the main experiment, and of each other.
+      # Monte-Carlo draws of the main experiment, the digits and the other regressions; of the rest.
       "draws": 2000,
       "other_draws": 500,
       # Surrogate errors of the accuracy sweep.

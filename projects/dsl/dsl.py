@@ -119,9 +119,17 @@ def group_effects(values: Array, mass: Array, groups: Array) -> Array:
 
 
 def predict_gold(
-  key: Array, data: Data, gold: tuple[int, ...], learner: Learner | str, num_folds: int
+  key: Array,
+  data: Data,
+  gold: tuple[int, ...],
+  learner: Learner | str,
+  num_folds: int,
+  num_labelled: int | None = None,
 ) -> Array:
-  """Cross-fitted predictions D_hat of every gold variable for one random split, [n, v]."""
+  """Cross-fitted predictions D_hat of every gold variable for one random split, [n, v].
+
+  num_labelled: see `cross_fit`.
+  """
   if learner == "surrogate":
     return jnp.asarray(data.surrogates)
   if learner == "zero":
@@ -129,23 +137,16 @@ def predict_gold(
   fold_key, *keys = jax.random.split(key, 1 + len(gold))
   folds = random_folds(fold_key, _clusters(data), num_folds)
   predict = lambda key, target: cross_fit(
-    learner, key, data.features, target, data.labelled, folds, num_folds
+    learner,
+    key,
+    jnp.asarray(data.features),
+    target,
+    jnp.asarray(data.labelled),
+    folds,
+    num_folds,
+    num_labelled,
   )
   return jnp.stack([predict(k, d) for k, d in zip(keys, gold_values(data, gold).T)], axis=1)
-
-
-def estimate_split(
-  key: Array,
-  data: Data,
-  *,
-  family: Family,
-  gold: tuple[int, ...],
-  learner: Learner | str,
-  num_folds: int,
-) -> Estimate:
-  """DSL with one random split into folds: a pure function, to be mapped over keys and data sets."""
-  predictions = predict_gold(key, data, gold, learner, num_folds)
-  return moments.estimate(family, doubly_robust_sample(data, gold, predictions), data.clusters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +198,7 @@ class DSL:
     with jax.enable_x64():
       keys = jax.random.split(jax.random.key(self.seed), self.splits)
       if not isinstance(learner, BaseEstimator):
-        return _predict_all(keys, data, gold, learner, self.folds)
+        return _predict_all(keys, data, gold, learner, self.folds, int(data.labelled.sum()))
       folds = jax.vmap(lambda key: random_folds(key, _clusters(data), self.folds))(keys)
       values = np.asarray(gold_values(data, gold)).T
       predict = lambda seed, folds: [
@@ -393,9 +394,12 @@ def _clusters(data: Data) -> Array:
   return jnp.arange(len(data.y)) if data.clusters is None else jnp.asarray(data.clusters)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _predict_all(keys, data, gold, learner, num_folds):
-  return jax.lax.map(lambda key: predict_gold(key, data, gold, learner, num_folds), keys)
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _predict_all(keys, data, gold, learner, num_folds, num_labelled):
+  def of_split(key):
+    return predict_gold(key, data, gold, learner, num_folds, num_labelled)
+
+  return jax.lax.map(of_split, keys)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -1,8 +1,8 @@
 """Supervised learners of g = E[D | Q, X, R = 1], the expert's label from what is always observed.
 
-A learner is a function (key, features [n, p], target [n], train [n]) -> predictions [n]: it learns
-from the units where `train` is 1 and predicts every unit. Fixed shapes and a mask let it be mapped
-over folds, splits and Monte-Carlo draws. A scikit-learn regressor is as good a learner; it runs one
+A learner is a function (key, features [l, p], target [l], train [l], new [n, p]) -> predictions [n]:
+it learns from the rows where `train` is 1 and predicts the new ones. Fixed shapes and a mask let it
+be mapped over folds, splits and Monte-Carlo draws. A scikit-learn regressor is as good a learner; it runs one
 fold at a time. The inference does not rely on any of them being right, only its precision does.
 """
 
@@ -22,23 +22,22 @@ from sklearn.preprocessing import StandardScaler
 from common.cli import closest
 from common.errors import UserError
 
-Learner = Callable[[Array, Array, Array, Array], Array]
+Learner = Callable[[Array, Array, Array, Array, Array], Array]
 
 
-def ridge(key: Array, features: Array, target: Array, train: Array) -> Array:
+def ridge(key: Array, features: Array, target: Array, train: Array, new: Array) -> Array:
   """Ridge regression on the features and their pairwise products."""
   del key
-  x = _design(features, train)
+  x, new = _design(features, train, new)
   centre = jnp.sum(train * target) / jnp.sum(train)
   gram = (x.T * train) @ x + jnp.eye(x.shape[1])
-  return centre + x @ jnp.linalg.solve(gram, x.T @ (train * (target - centre)))
+  return centre + new @ jnp.linalg.solve(gram, x.T @ (train * (target - centre)))
 
 
-def logistic(key: Array, features: Array, target: Array, train: Array) -> Array:
+def logistic(key: Array, features: Array, target: Array, train: Array, new: Array) -> Array:
   """Logistic regression with a ridge penalty on the features and their products. target: 0 or 1."""
   del key
-  x = _design(features, train)
-  x = jnp.concatenate([jnp.ones((len(x), 1)), x], axis=1)
+  x, new = (jnp.insert(x, 0, 1.0, axis=1) for x in _design(features, train, new))
   # As in `ridge`; almost none on the intercept, but some, for labels that are all alike.
   penalty = jnp.ones(x.shape[1]).at[0].set(1e-3)
 
@@ -58,12 +57,12 @@ def logistic(key: Array, features: Array, target: Array, train: Array) -> Array:
 
   start = (jnp.zeros(x.shape[1]), jnp.array(jnp.inf), 0)
   beta = jax.lax.while_loop(go_on, step, start)[0]
-  return jax.nn.sigmoid(x @ beta)
+  return jax.nn.sigmoid(new @ beta)
 
 
-def mlp(key: Array, features: Array, target: Array, train: Array) -> Array:
+def mlp(key: Array, features: Array, target: Array, train: Array, new: Array) -> Array:
   """A network with one hidden layer of 16 tanh units: 200 full-batch steps of AdamW."""
-  x = _standardise(features, train)
+  x, new = _standardise(features, train, new)
   total = jnp.sum(train)
   centre = jnp.sum(train * target) / total
   spread = jnp.sqrt(jnp.sum(train * (target - centre) ** 2) / total) + 1e-12
@@ -77,11 +76,11 @@ def mlp(key: Array, features: Array, target: Array, train: Array) -> Array:
   }
   optimizer = optax.adamw(0.02, weight_decay=0.02)
 
-  def forward(params):
+  def forward(params, x):
     return jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
 
   def loss(params):
-    return jnp.sum(train * (forward(params) - goal) ** 2) / total
+    return jnp.sum(train * (forward(params, x) - goal) ** 2) / total
 
   def step(state, _):
     params, moments = state
@@ -89,7 +88,7 @@ def mlp(key: Array, features: Array, target: Array, train: Array) -> Array:
     return (optax.apply_updates(params, updates), moments), None
 
   (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=200)
-  return centre + spread * forward(params)
+  return centre + spread * forward(params, new)
 
 
 LEARNERS: dict[str, Learner | BaseEstimator] = {
@@ -131,6 +130,7 @@ def cross_fit(
   labelled: Array,
   folds: Array,
   num_folds: int,
+  num_labelled: int | None = None,
 ) -> Array:
   """Predicts every unit by a learner that saw only the labelled units of other folds.
 
@@ -142,13 +142,17 @@ def cross_fit(
     labelled: R, 0 or 1, [n].
     folds: int [n].
     num_folds: L.
+    num_labelled: the sum of `labelled`; None where it is not known before the run. The learner is
+      given only so many rows then, instead of all of them with a mask.
 
   Returns:
     D_hat [n].
   """
+  rows = slice(None) if num_labelled is None else jnp.nonzero(labelled, size=num_labelled)[0]
+  train = features[rows], target[rows]
 
   def predict(fold, key):
-    return learner(key, features, target, labelled * (folds != fold))
+    return learner(key, *train, (labelled * (folds != fold))[rows], features)
 
   predictions = jax.vmap(predict)(jnp.arange(num_folds), jax.random.split(key, num_folds))
   return jnp.take_along_axis(predictions, folds[None], axis=0)[0]
@@ -174,20 +178,23 @@ def cross_fit_sklearn(
   return predictions
 
 
-def _standardise(features: Array, train: Array) -> Array:
-  """Features with mean 0 and variance 1 among the training units; constant ones become 0."""
+def _standardise(features: Array, train: Array, new: Array) -> tuple[Array, Array]:
+  """Both kinds of rows, with mean 0 and variance 1 in the training ones; constants become 0."""
   total = jnp.sum(train)
-  centred = features - (train @ features) / total
-  spread = jnp.sqrt((train @ centred**2) / total)
-  return centred / jnp.where(spread > 1e-12, spread, jnp.inf)
+  centre = (train @ features) / total
+  spread = jnp.sqrt((train @ (features - centre) ** 2) / total)
+  spread = jnp.where(spread > 1e-12, spread, jnp.inf)
+  return (features - centre) / spread, (new - centre) / spread
 
 
-def _design(features: Array, train: Array) -> Array:
-  """Standardised features and their pairwise products, [n, p (p + 1) / 2], standardised again.
+def _design(features: Array, train: Array, new: Array) -> tuple[Array, Array]:
+  """Standardised features and their pairwise products, [., p (p + 1) / 2], standardised again.
 
   Products let the surrogate's error depend on a covariate. The penalty on the coefficients is 1, a
   weak one, as a strong one would bias the predictions.
   """
-  x = _standardise(features, train)
-  i, j = np.triu_indices(x.shape[1], k=1)
-  return _standardise(jnp.concatenate([x, x[:, i] * x[:, j]], axis=1), train)
+  i, j = np.triu_indices(features.shape[1], k=1)
+  x, new = (
+    jnp.concatenate([x, x[:, i] * x[:, j]], axis=1) for x in _standardise(features, train, new)
+  )
+  return _standardise(x, train, new)

@@ -25,16 +25,18 @@ class Design:
   """Something to draw data sets from.
 
   Attributes:
-    draw: key -> Data, float64; `expert` says which units are labelled.
+    draw: (key, *parameters) -> Data, float64; `expert` says which units are labelled.
     truth: coefficients of the population, [k].
     family: of the regression.
     gold: places of the gold variables.
+    labels: how many units are labelled in every draw; None if that is left to chance.
   """
 
-  draw: Callable[[Array], Data]
+  draw: Callable[..., Data]
   truth: tuple[float, ...]
   family: Family
   gold: tuple[int, ...] = (OUTCOME,)
+  labels: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,7 @@ def replicate(
   draws: int,
   seed: int,
   folds: int = 5,
+  parameters: tuple[float, ...] = (),
 ) -> dict[str, Replications]:
   """Draws data sets and estimates each by every method, with one split per draw.
 
@@ -111,13 +114,14 @@ def replicate(
     draws: Monte-Carlo draws.
     seed: of everything.
     folds: L.
+    parameters: of the design's draws; other ones need no other program.
 
   Returns:
     {method: Replications}.
   """
   with jax.enable_x64():
     keys = jax.random.split(jax.random.key(seed), draws)
-    estimates = estimate_draws(design, tuple(methods), learner, folds, keys)
+    estimates = estimate_draws(design, tuple(methods), learner, folds, keys, parameters)
     truth = np.asarray(design.truth)
     return {
       name: Replications(
@@ -150,35 +154,42 @@ def replicate_with(design: Design, model: dsl.DSL, *, draws: int, seed: int) -> 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def estimate_draws(
-  design: Design, methods: tuple[str, ...], learner: Learner | str, folds: int, keys: Array
+  design: Design,
+  methods: tuple[str, ...],
+  learner: Learner | str,
+  folds: int,
+  keys: Array,
+  parameters: tuple[float, ...] = (),
 ) -> dict[str, Estimate]:
   """Every method's estimate in the draw of every key [draws]; leaves have that leading axis."""
+  gold = design.gold
+
+  def sample_of(name, full, data, predictions):
+    if name in baselines.BASELINES:
+      return baselines.baseline_sample(name, data, gold, predictions)
+    if name == "full":
+      return baselines.as_if_true(data, gold, dsl.gold_values(full, gold))
+    if name == "ignoring pi":
+      share = jnp.mean(data.labelled)
+      data = data._replace(probability=jnp.full_like(data.probability, share))
+    return dsl.doubly_robust_sample(data, gold, predictions)
 
   def of_draw(key):
     draw_key, split_key = jax.random.split(key)
-    full = design.draw(draw_key)
-    data = observed(full, design.gold)
-    predict = lambda data: dsl.predict_gold(split_key, data, design.gold, learner, folds)
-    predictions = predict(data)
-    results = {}
-    for name in methods:
-      if name in baselines.BASELINES:
-        results[name] = baselines.estimate_baseline(
-          name, data, predictions, family=design.family, gold=design.gold
-        )
-        continue
-      if name == "full":
-        sample = baselines.as_if_true(data, design.gold, dsl.gold_values(full, design.gold))
-      else:
-        given = data
-        if name == "ignoring pi":
-          share = jnp.mean(data.labelled)
-          given = data._replace(probability=jnp.full_like(data.probability, share))
-        sample = dsl.doubly_robust_sample(given, design.gold, predictions)
-      results[name] = moments.estimate(design.family, sample, data.clusters)
-    return results
+    full = design.draw(draw_key, *parameters)
+    data = observed(full, gold)
+    predictions = dsl.predict_gold(split_key, data, gold, learner, folds, design.labels)
+    samples = [sample_of(name, full, data, predictions) for name in methods]
+    # Mapped over the methods too: the estimator is compiled once, not once a method.
+    return jax.lax.map(
+      lambda sample: moments.estimate(design.family, sample, data.clusters),
+      jax.tree.map(lambda *leaves: jnp.stack(leaves), *samples),
+    )
 
-  return jax.lax.map(of_draw, keys)
+  estimates = jax.lax.map(of_draw, keys)
+  return {
+    name: jax.tree.map(lambda leaf, i=i: leaf[:, i], estimates) for i, name in enumerate(methods)
+  }
 
 
 def observed(full: Data, gold: tuple[int, ...]) -> Data:
@@ -212,29 +223,23 @@ def flipped(key: Array, labels: Array, error: Array) -> Array:
   return jnp.where(jax.random.uniform(key, labels.shape) < error, 1 - labels, labels)
 
 
+@functools.cache  # An equal design is the same one, and needs no other program.
 def logistic_outcome(
-  units: int = 4000,
-  labels: int = 500,
-  *,
-  error: float = 0.05,
-  excess: float = 0.25,
-  unequal: tuple[float, float] | None = None,
+  units: int = 4000, labels: int = 500, *, unequal: tuple[float, float] | None = None
 ) -> Design:
   """Documents whose label is regressed on three covariates; the surrogate errs with x_1.
 
   Y ~ Bernoulli(sigmoid(-0.5 + 0.8 x_1 - 0.5 x_2)); Q turns Y round with probability
-  error + excess 1{x_1 > 0}.
+  error + excess 1{x_1 > 0}; these two are the parameters of the draws, 0.05 and 0.25 by default.
 
   Args:
     units: N.
     labels: expert labels.
-    error: of the surrogate where x_1 <= 0.
-    excess: more of it where x_1 > 0.
     unequal: probabilities of labelling where Q = 1 and where Q = 0, instead of `labels`.
   """
   truth = (-0.5, 0.8, -0.5, 0.0)
 
-  def draw(key):
+  def draw(key, error=0.05, excess=0.25):
     x_key, y_key, q_key, r_key = jax.random.split(key, 4)
     x = jnp.column_stack([jnp.ones(units), jax.random.normal(x_key, (units, 3))])
     p = jax.nn.sigmoid(x @ jnp.array(truth))
@@ -247,15 +252,25 @@ def logistic_outcome(
     features = jnp.column_stack([q, x[:, 1:]])
     return Data(x, y, q[:, None], features, labelled, probability)
 
-  return Design(draw, truth, "logistic")
+  return Design(draw, truth, "logistic", labels=labels if unequal is None else None)
 
 
-def accuracy(design: Design, *, draws: int = 20, seed: int = 0) -> float:
+def accuracy(
+  design: Design, parameters: tuple[float, ...] = (), *, draws: int = 20, seed: int = 0
+) -> float:
   """Share of a binary outcome's surrogates that are right."""
   with jax.enable_x64():
     keys = jax.random.split(jax.random.key(seed), draws)
-    right = jax.jit(lambda key: jnp.mean((lambda d: d.y == d.surrogates[:, 0])(design.draw(key))))
-    return float(np.mean([right(key) for key in keys]))
+    return float(_share_right(design, keys, parameters))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _share_right(design: Design, keys: Array, parameters: tuple[float, ...]) -> Array:
+  def of_draw(key):
+    data = design.draw(key, *parameters)
+    return jnp.mean(data.y == data.surrogates[:, 0])
+
+  return jnp.mean(jax.lax.map(of_draw, keys))
 
 
 def linear_model(
@@ -296,7 +311,7 @@ def linear_model(
     rest = [v for place, v in known.items() if place not in gold]
     return Data(x, y, q, jnp.column_stack([q, x_2, *rest]), labelled, probability)
 
-  return Design(draw, truth, family, gold)
+  return Design(draw, truth, family, gold, labels)
 
 
 def clustered_panel(
@@ -338,7 +353,7 @@ def clustered_panel(
       jnp.asarray(np.stack([group, period][:effects], axis=1)) if effects else None,
     )
 
-  return Design(draw, (0.5,) if effects else (0.0, 0.5), "linear")
+  return Design(draw, (0.5,) if effects else (0.0, 0.5), "linear", labels=labels)
 
 
 def resampled(
@@ -373,7 +388,7 @@ def resampled(
     labelled, probability = expert(r_key, jnp.full(len(y), labels / len(y)), labels)
     return Data(take(x), take(y), take(q)[:, None], take(features), labelled, probability)
 
-  return Design(draw, truth, family)
+  return Design(draw, truth, family, labels=labels)
 
 
 def metric_columns() -> list[Column]:

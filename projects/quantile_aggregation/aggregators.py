@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from projects.quantile_aggregation import losses, training
 from projects.quantile_aggregation.isotonic import ISOTONISERS
 
+BATCH = 512  # Rows that are predicted at once.
+
 Resolution = Literal["coarse", "medium", "fine", "factored"]
 
 
@@ -139,7 +141,7 @@ def train(
 
   Args:
     keys: [B].
-    train_data, validation_data: (z [n, p, m], x [n, d], y [n]).
+    train_data, validation_data: (z [n, p, m], x [n, d], y [n]); NaN in y for no row.
     masks: [B, n] bool, the rows that each is trained on.
     levels: [m].
     settings: leaves [B, ...].
@@ -156,7 +158,7 @@ def train(
   def validate(params):
     z, x, y = validation_data
     q = ISOTONISERS[form.isotoniser](aggregate(params, z, x, form))
-    return losses.pinball(q, y, levels).mean()
+    return losses.validation_loss(q, y, levels)
 
   def one(key, mask, settings, rounds):
     init_key, key = jax.random.split(key)
@@ -181,13 +183,13 @@ def train(
 def predict(params, z: jax.Array, x: jax.Array, *, form: Form, isotonise: bool = True):
   """Quantiles [n, m] of z [n, p, m] and x [n, d].
 
-  In batches of 512 rows: a local fine aggregator has p m^2 weights for every row.
+  In batches of rows: a local fine aggregator has p m^2 weights for every row.
   """
 
   def row(inputs):
     return aggregate(params, *[a[None] for a in inputs], form)[0]
 
-  q = jax.lax.map(row, (z, x), batch_size=512)
+  q = jax.lax.map(row, (z, x), batch_size=BATCH)
   return ISOTONISERS[form.isotoniser](q) if isotonise else q
 
 

@@ -10,7 +10,9 @@ from projects.quantile_aggregation import aggregators, losses, training
 from projects.quantile_aggregation.aggregators import Form, Settings, batch_size
 from projects.quantile_aggregation.search import (
   Budget,
+  Shape,
   draw_settings,
+  padded,
   refit_without_folds,
   search,
 )
@@ -65,22 +67,25 @@ class Aggregator(NamedTuple):
 
   def quantiles(self, z: np.ndarray, x: np.ndarray, *, isotonise: bool = True) -> np.ndarray:
     """z [n, p, m], x [n, d] -> [n, m]."""
-    z, x = jnp.asarray(z), jnp.asarray(x)
-    return np.asarray(aggregators.predict(self.params, z, x, form=self.form, isotonise=isotonise))
+    return _predict(self.params, z, x, self.form, isotonise)
 
   def fold_quantiles(self, z: np.ndarray, x: np.ndarray) -> np.ndarray:
     """Predictions of the aggregators without a fold, each from the base models without it.
 
     z [K + 1, n, p, m] as the library predicts, x [n, d] -> [K, n, m].
     """
-    x = jnp.asarray(x)
     take = lambda k: jax.tree.map(lambda leaf: leaf[k], self.fold_params)
-    return np.stack(
-      [
-        np.asarray(aggregators.predict(take(k), jnp.asarray(z[k]), x, form=self.form))
-        for k in range(len(z) - 1)
-      ]
-    )
+    return np.stack([_predict(take(k), z[k], x, self.form) for k in range(len(z) - 1)])
+
+
+def _predict(params, z, x, form: Form, isotonise: bool = True) -> np.ndarray:
+  """`aggregators.predict` with whole batches of rows and as many columns as were trained on."""
+  n, columns = len(x), params[0][0].shape[0] if form.local else 0
+  more = -n % aggregators.BATCH
+  z = np.pad(z, [(0, more), (0, 0), (0, 0)])
+  x = np.pad(x[:, :columns], [(0, more), (0, max(columns - x.shape[1], 0))])
+  q = aggregators.predict(params, z, x, form=form, isotonise=isotonise)
+  return np.asarray(q)[:n]
 
 
 def fit(
@@ -93,6 +98,7 @@ def fit(
   *,
   margins: str = "constant",
   folds: np.ndarray | None = None,
+  shape: Shape | None = None,
 ) -> Aggregator:
   """Random search on the validation part, then, for CV+, refits without each fold.
 
@@ -105,6 +111,7 @@ def fit(
     seed: of draws, initial values and batches.
     margins: a name of `GRIDS`.
     folds: [n], the fold of each training row; None for no refits.
+    shape: what rows are padded to.
   """
   rng = np.random.default_rng([seed, 1])
   architecture = {"layers": budget.layers, "width": budget.widths}
@@ -114,10 +121,13 @@ def fit(
   draws = draw_settings(GRIDS[margins] | architecture, budget.settings, rng)
   levels = jnp.asarray(levels, jnp.float32)
   residuals = train.y - np.median(train.z[:, :, np.abs(levels - 0.5).argmin()], axis=1)
-  # Global weights do not see x: without it, tables of another width need no other program.
-  train, validation = (
-    rows if form.local else rows._replace(x=rows.x[:, :0]) for rows in (train, validation)
-  )
+  n, size = len(train.y), batch_size(len(train.y))
+  shape = shape or Shape(n, len(validation.y), train.x.shape[1])
+  if not form.local:  # Its weights do not see x: tables of another width need no other program.
+    shape = shape._replace(columns=0)
+    train, validation = (rows._replace(x=rows.x[:, :0]) for rows in (train, validation))
+  train = padded(train, shape.train, shape.columns)
+  validation = padded(validation, shape.validation, shape.columns)
 
   def to_settings(draw: dict) -> Settings:
     values = {name: jnp.asarray(draw[name]) for name in Settings._fields if name != "margins"}
@@ -138,14 +148,17 @@ def fit(
       rounds,
       patience,
       form=form._replace(layers=layers, width=width),
-      batch_size=batch_size(len(train.y)),
+      batch_size=size,
       max_rounds=budget.max_rounds,
     )
 
   search_key, fold_key = jax.random.split(jax.random.key(rng.integers(2**31)))
-  draw, settings, whole = search(run, search_key, len(train.y), draws, to_settings, budget)
+  draw, settings, whole = search(
+    run, search_key, jnp.arange(shape.train) < n, draws, to_settings, budget
+  )
   fold_params = None
   if folds is not None:
+    folds = np.pad(folds, (0, shape.train - n), constant_values=-1)
     parts = refit_without_folds(run, fold_key, folds, settings, whole, draw, budget)
     fold_params = parts.params
   return Aggregator(

@@ -1,6 +1,9 @@
 """Deep quantile aggregation beside its base models, fixed averages and linear aggregation."""
 
+import concurrent.futures
+import os
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.quantile_aggregation import baselines, conformal, data, dqa, isotonic, library
 from projects.quantile_aggregation.aggregators import Form
-from projects.quantile_aggregation.search import Budget
+from projects.quantile_aggregation.search import Budget, Shape
 
 AVERAGE, MEDIAN, MIXTURE, QRA, FQRA = "average", "median", "mixture", "QRA", "FQRA"
 # The six of the DQA family, and the factored form.
@@ -121,23 +124,30 @@ class Prepared(NamedTuple):
   test: dqa.Rows
   train_folds: np.ndarray
   test_folds: np.ndarray
+  shape: Shape
+
+
+def side_by_side(function: Callable, items: Sequence) -> dict:
+  """{item: function(item)} by threads: compiling, training and trees leave Python to the others."""
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    return dict(zip(items, pool.map(function, items)))
 
 
 def prepare(
-  table: tuple[np.ndarray, np.ndarray],
+  parts: data.Parts,
+  shape: Shape,
   seed: int,
   config: ConfigDict,
   levels: np.ndarray,
   budget: Budget,
 ) -> Prepared:
-  """Splits a table (x [n, d], y [n]) and fits the library to its training part."""
-  parts = data.split(*table, np.random.default_rng(seed))
+  """Fits the library to the training part of a split."""
   folds = library.contiguous_folds(len(parts.train.y), config.folds)
   everything = np.concatenate([part.x for part in parts])
-  learners = [
-    library.fit_learner(kind, parts.train, parts.validation, levels, folds, budget, seed)
-    for kind in config.learners
-  ]
+  fit = lambda kind: library.fit_learner(
+    kind, parts.train, parts.validation, levels, folds, budget, seed, shape
+  )
+  learners = side_by_side(fit, config.learners).values()
   # All rows at once: one compilation.
   predictions = np.stack([learner(everything) for learner in learners], axis=2)
   ends = np.cumsum([len(part.y) for part in parts])[:-1]
@@ -150,6 +160,7 @@ def prepare(
     dqa.Rows(test[-1], *parts.test),
     train,
     test,
+    shape,
   )
 
 
@@ -166,21 +177,20 @@ def predict_all(
   raw[QRA] = np.einsum("pm,npm->nm", baselines.fit_qra(train.z, train.y, levels), test.z)
   fqra = baselines.fit_fqra(train.z, train.y, validation.z, validation.y, levels)
   raw[FQRA] = fqra(test.z)
-  for name in config.forms:
-    form = FORMS[name]._replace(isotoniser=config.isotoniser)
-    fitted = dqa.fit(
-      form,
-      train,
-      validation,
-      levels,
-      budget,
-      seed,
-      margins=config.margins,
-      folds=split.folds if name == config.aggregator else None,
-    )
-    raw[name] = fitted.quantiles(test.z, test.x, isotonise=False)
-    if name == config.aggregator:
-      main = fitted
+  fit = lambda name: dqa.fit(
+    FORMS[name]._replace(isotoniser=config.isotoniser),
+    train,
+    validation,
+    levels,
+    budget,
+    seed,
+    margins=config.margins,
+    folds=split.folds if name == config.aggregator else None,
+    shape=split.shape,
+  )
+  fitted = side_by_side(fit, config.forms[::-1])  # The longest first.
+  main = fitted[config.aggregator]
+  raw |= {name: fitted[name].quantiles(test.z, test.x, isotonise=False) for name in config.forms}
   methods = {name: isotonise(q) for name, q in raw.items()}
   methods[RAW] = raw[config.aggregator]
   methods[PAVA] = np.asarray(isotonic.pava(jnp.asarray(raw[config.aggregator])))
@@ -206,17 +216,22 @@ def real_tables(
 ) -> None:
   """Every method on every set and seed; relative scores, ranks, calibration."""
   results: dict[tuple[str, int], dict[str, Scores]] = {}
-  rises, ablations, missing = [], {}, {}
-  tasks = [(name, seed) for name in config.sets for seed in config.seeds]
-  for name, seed in track(tasks, "real tables", console=Console(stderr=True)):
-    if name in missing:
-      continue
+  rises, ablations, missing, splits = [], {}, {}, {}
+  for name in config.sets:
     try:
       table = data.load(name, config.rows or None)
     except UserError as e:  # The other sets run without.
       missing[name] = str(e)
       continue
-    split = prepare(table, seed, config, levels, budget)
+    splits |= {(name, s): data.split(*table, np.random.default_rng(s)) for s in config.seeds}
+  if missing:
+    report.tables.append(Table("Not run", ["set", "reason"], list(missing.items())))
+  if not splits:
+    return
+  console = Console(stderr=True)
+  for (name, seed), parts in track(splits.items(), "real tables", console=console):
+    shape = library.common_shape(parts, splits.values())
+    split = prepare(parts, shape, seed, config, levels, budget)
     methods, raw = predict_all(split, seed, config, levels, budget)
     y = split.test.y
     results[name, seed] = {method: score(q, y, levels) for method, q in methods.items()}
@@ -225,10 +240,6 @@ def real_tables(
     )
     if name in config.ablation_sets:
       ablations[name, seed] = switches(split, seed, config, levels, budget)
-  if missing:
-    report.tables.append(Table("Not run", ["set", "reason"], list(missing.items())))
-  if not results:
-    return
   relative_tables(config, results, workdir, report)
   calibration_tables(config, results, levels, workdir, report)
   report.claims.append(
@@ -254,6 +265,13 @@ def geometric_means(config: ConfigDict, results) -> dict[str, np.ndarray]:
   }
 
 
+def rank_test(differences: np.ndarray) -> float:
+  """Exact one-sided p-value of the signed-rank test that paired differences are below 0."""
+  if not np.any(differences):
+    return 1.0
+  return float(stats.wilcoxon(differences, alternative="less", method="exact").pvalue)
+
+
 def relative_tables(config: ConfigDict, results, workdir: pathlib.Path, report: Report) -> None:
   """WIS relative to the best base model, ranks, and the claims about them."""
   main = config.aggregator
@@ -263,18 +281,18 @@ def relative_tables(config: ConfigDict, results, workdir: pathlib.Path, report: 
   wis = np.array([[scores[method].wis for method in ranked] for scores in results.values()])
   ranks = dict(zip(ranked, stats.rankdata(wis, axis=1).mean(axis=0)))
   best = {key: min(scores[kind].wis for kind in config.learners) for key, scores in results.items()}
+  of_set = lambda method, s: np.exp(
+    np.mean([np.log(results[s, seed][method].wis / best[s, seed]) for seed in config.seeds])
+  )
+  per_set = {method: [of_set(method, s) for s in sets] for method in means}
+  friedman = stats.friedmanchisquare(*[per_set[method] for method in ranked]).pvalue
   rows = []
   for method in means:
-    per_set = [
-      np.exp(
-        np.mean([np.log(results[s, seed][method].wis / best[s, seed]) for seed in config.seeds])
-      )
-      for s in sets
-    ]
     wins = np.mean([scores[main].wis < scores[method].wis for scores in results.values()])
+    versus = (float(wins), rank_test(np.log(per_set[main]) - np.log(per_set[method])))
     rows.append(
-      [method, *per_set, means[method].mean()]
-      + [ranks.get(method), None if method == main else float(wins)]
+      [method, *per_set[method], means[method].mean(), ranks.get(method)]
+      + ([None, None] if method == main else [*versus])
     )
   report.tables.append(
     Table(
@@ -285,12 +303,16 @@ def relative_tables(config: ConfigDict, results, workdir: pathlib.Path, report: 
         Column("geometric mean", ".3f", "lower"),
         Column("mean rank", ".1f", "lower"),
         Column(f"{main} better", ".2f"),
+        Column("Wilcoxon p", ".3f"),
       ],
       rows,
       note=(
         f"Seeds {', '.join(map(str, config.seeds))}. The best base model is that of each split, "
         "chosen on the test rows: no method can choose it. Ranks are over all splits, without the "
-        f"variants of one aggregator; the last column is the share of splits. DQA is {main}."
+        f"variants of one aggregator; `{main} better` is the share of splits. Wilcoxon: the "
+        f"signed-rank test over sets that {main} has the smaller log WIS (mean over seeds), at least "
+        f"{0.5 ** len(sets):.2g} with {len(sets)} sets. Friedman's test of equal ranks over sets: "
+        f"p = {friedman:.2g}. DQA is {main}."
       ),
     )
   )
@@ -398,12 +420,15 @@ def switches(
     )
     for name in ("sort", "pava", "median_outwards", "soft_sort")
   }
-  scores = {}
-  for name, (form, margins) in variants.items():
-    fitted = dqa.fit(form, split.train, split.validation, levels, budget, seed, margins=margins)
+
+  def wis(name):
+    form, margins = variants[name]
+    data_ = split.train, split.validation, levels
+    fitted = dqa.fit(form, *data_, budget, seed, margins=margins, shape=split.shape)
     q = fitted.quantiles(split.test.z, split.test.x)
-    scores[name] = score(np.sort(q), split.test.y, levels).wis
-  return scores
+    return score(np.sort(q), split.test.y, levels).wis
+
+  return side_by_side(wis, list(variants))
 
 
 def ablation_table(ablations: dict, report: Report) -> None:
@@ -436,8 +461,10 @@ def experts(
     q = {"expert A": test.z[:, 0], "expert B": test.z[:, 1]}
     q[AVERAGE] = np.asarray(baselines.average(test.z))
     q[QRA] = np.einsum("pm,npm->nm", baselines.fit_qra(train.z, train.y, levels), test.z)
-    for name in config.forms:
-      fitted = dqa.fit(FORMS[name], train, validation, levels, budget, seed, margins=config.margins)
+    fit = lambda name, train=train, validation=validation, seed=seed: dqa.fit(
+      FORMS[name], train, validation, levels, budget, seed, margins=config.margins
+    )
+    for name, fitted in side_by_side(fit, config.forms).items():
       q[name] = fitted.quantiles(test.z, test.x)
     # What is best for every x: the expert of its side.
     q["truth"] = np.where(test.x < 0, test.z[:, 0], test.z[:, 1])

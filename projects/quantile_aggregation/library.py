@@ -6,7 +6,7 @@ training part and to each of K training parts with one fold left out. What it pr
 rows choose settings and the number of steps, and are in no training set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -16,9 +16,12 @@ import numpy as np
 from common.evaluation.scoring_rules import pinball_loss
 from projects.quantile_aggregation import losses, networks, trees
 from projects.quantile_aggregation.aggregators import Settings, batch_size
+from projects.quantile_aggregation.data import Parts
 from projects.quantile_aggregation.search import (
   Budget,
+  Shape,
   draw_settings,
+  padded,
   refit_without_folds,
   search,
 )
@@ -45,6 +48,21 @@ class Split(NamedTuple):
   y: np.ndarray
 
 
+def common_shape(parts: Parts, others: Iterable[Parts]) -> Shape:
+  """The largest shape of the splits whose training steps have as many rows as those of `parts`.
+
+  Only those can share its programs.
+  """
+  size = lambda parts: batch_size(len(parts.train.y))
+  shapes = [
+    (*parts_.train.x.shape, len(parts_.validation.y))
+    for parts_ in others
+    if size(parts_) == size(parts)
+  ]
+  train, columns, validation = np.max(shapes, axis=0).tolist()
+  return Shape(train, validation, columns)
+
+
 def contiguous_folds(n: int, num_folds: int) -> np.ndarray:
   """The fold of every row, [n]: unshuffled, as the rows were shuffled when they were split."""
   return np.arange(n) * num_folds // n
@@ -58,14 +76,23 @@ def fit_learner(
   folds: np.ndarray,
   budget: Budget,
   seed: int,
+  shape: Shape | None = None,
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """Searches and fits one learner; returns x [n, d] -> quantiles float32 [K + 1, n, m]."""
+  """Searches and fits one learner; returns x [n, d] -> quantiles float32 [K + 1, n, m].
+
+  Networks are trained on rows padded to `shape`.
+  """
   rng = np.random.default_rng([seed, LEARNERS.index(kind)])
   if kind in TREES:
     return _fit_sklearn(kind, train, validation, levels, folds, budget, rng)
   grid = NETWORK_GRID | {"layers": budget.layers, "width": budget.widths}
   draws = draw_settings(grid, budget.settings, rng)
   levels = jnp.asarray(levels, jnp.float32)
+  shape = shape or Shape(len(train.y), len(validation.y), train.x.shape[1])
+  size = batch_size(len(train.y))
+  folds = np.pad(folds, (0, shape.train - len(folds)), constant_values=-1)
+  train = padded(train, shape.train, shape.columns)
+  validation = padded(validation, shape.validation, shape.columns)
 
   def to_settings(draw: dict) -> Settings:
     values = {name: jnp.asarray(draw[name]) for name in Settings._fields if name != "margins"}
@@ -84,17 +111,24 @@ def fit_learner(
       kind=kind,
       layers=layers,
       width=width,
-      batch_size=batch_size(len(train.y)),
+      batch_size=size,
       max_rounds=budget.max_rounds,
     )
 
   search_key, fold_key = jax.random.split(jax.random.key(rng.integers(2**31)))
-  draw, settings, whole = search(run, search_key, len(train.y), draws, to_settings, budget)
+  draw, settings, whole = search(
+    run, search_key, jnp.asarray(folds >= 0), draws, to_settings, budget
+  )
   parts = refit_without_folds(run, fold_key, folds, settings, whole, draw, budget)
   params = jax.tree.map(
     lambda fold, full: jnp.concatenate([fold, full[None]]), parts.params, whole.best_params
   )
-  return lambda x: np.asarray(networks.predict(params, x, levels, kind=kind))
+
+  def predict(x: np.ndarray) -> np.ndarray:
+    x = np.pad(x, [(0, 0), (0, shape.columns - x.shape[1])])
+    return np.asarray(networks.predict(params, x, levels, kind=kind))
+
+  return predict
 
 
 def _fit_sklearn(kind, train, validation, levels, folds, budget, rng):

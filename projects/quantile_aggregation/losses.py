@@ -22,6 +22,11 @@ def pinball(q: jax.Array, y: jax.Array, levels: jax.Array, alpha: float = 0.0) -
   return size * jnp.where(error >= 0, levels, 1 - levels)
 
 
+def validation_loss(q: jax.Array, y: jax.Array, levels: jax.Array) -> jax.Array:
+  """Mean pinball loss of the rows whose outcome is not NaN (see `search.padded`), a scalar."""
+  return pinball(q, y, levels).mean(where=~jnp.isnan(y)[:, None])
+
+
 def constant_margins(delta: float, num_levels: int) -> jax.Array:
   """delta for every pair of levels, [m, m]."""
   return jnp.full((num_levels, num_levels), delta)

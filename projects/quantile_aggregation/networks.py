@@ -88,7 +88,7 @@ def train(
 
   def validate(params):
     x, y = validation_data
-    return losses.pinball(quantiles(params, x, levels, kind), y, levels).mean()
+    return losses.validation_loss(quantiles(params, x, levels, kind), y, levels)
 
   def one(key, mask, settings, rounds):
     init_key, key = jax.random.split(key)

@@ -31,6 +31,28 @@ class Budget(NamedTuple):
   patience: int = 5
 
 
+class Shape(NamedTuple):
+  """Rows and columns of x that smaller tables are padded to: all are trained by one program."""
+
+  train: int
+  validation: int
+  columns: int
+
+
+def padded(rows: Any, count: int, columns: int) -> Any:
+  """A named tuple of arrays x [n, d], y [n] and perhaps z [n, ...] with `count` rows.
+
+  What is added is 0, and NaN in y: training leaves such rows out by its mask, validation by that.
+  """
+  more = count - len(rows.y)
+  filled = {
+    name: np.pad(a, [(0, more), *[(0, 0)] * (a.ndim - 1)]) for name, a in rows._asdict().items()
+  }
+  filled["x"] = np.pad(filled["x"], [(0, 0), (0, columns - rows.x.shape[1])])
+  filled["y"] = np.pad(rows.y, (0, more), constant_values=np.nan)
+  return type(rows)(**filled)
+
+
 def draw_settings(grid: dict[str, tuple], count: int, rng: np.random.Generator) -> list[dict]:
   """A random search: `count` independent draws."""
   return [{name: rng.choice(values).item() for name, values in grid.items()} for _ in range(count)]
@@ -39,7 +61,7 @@ def draw_settings(grid: dict[str, tuple], count: int, rng: np.random.Generator) 
 def search(
   train: Callable[..., training.Trained],
   key: jax.Array,
-  num_rows: int,
+  mask: jax.Array,
   draws: Sequence[dict],
   to_settings: Callable[[dict], Settings],
   budget: Budget,
@@ -49,7 +71,7 @@ def search(
   Args:
     train: (keys, masks, settings, rounds, patience, layers, width) -> Trained of leading axis B.
     key: of initial values and batches.
-    num_rows: of the training part.
+    mask: [n] bool, the rows to train on.
     draws: settings, with `layers` and `width`.
     to_settings: makes a draw arrays.
     budget: see `Budget`.
@@ -65,7 +87,7 @@ def search(
     settings = stack([to_settings(draw) for draw in members])
     trained = train(
       jax.random.split(jax.random.fold_in(key, index), len(members)),
-      jnp.ones((len(members), num_rows), bool),
+      jnp.tile(mask, (len(members), 1)),
       settings,
       jnp.full(len(members), budget.max_rounds),
       jnp.asarray(budget.patience),
@@ -85,8 +107,8 @@ def stack(trees_: Sequence[Any]) -> Any:
 
 
 def fold_masks(folds: np.ndarray) -> jax.Array:
-  """[K, n] bool: the rows that are not in fold k."""
-  return jnp.asarray(folds[None, :] != np.arange(folds.max() + 1)[:, None])
+  """[K, n] bool: the rows that are not in fold k; those of fold -1 are in none."""
+  return jnp.asarray((folds >= 0) & (folds != np.arange(folds.max() + 1)[:, None]))
 
 
 def refit_without_folds(run, key, folds, settings, whole, draw, budget) -> training.Trained:

@@ -12,9 +12,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from scipy import sparse
 from sklearn.ensemble import (
   ExtraTreesRegressor,
   HistGradientBoostingRegressor,
@@ -89,15 +88,14 @@ def _fit_forest(kind, x, y, levels, seed, settings) -> Predictor:
   leaves, outcomes = forest.apply(x)[order], y[order]
 
   def predict(x: np.ndarray) -> np.ndarray:
-    return np.asarray(forest_quantiles(leaves, outcomes, forest.apply(x), jnp.asarray(levels)))
+    return forest_quantiles(leaves, outcomes, forest.apply(x), levels)
 
   return predict
 
 
-@jax.jit
 def forest_quantiles(
-  leaves: jax.Array, outcomes: jax.Array, new_leaves: jax.Array, levels: jax.Array
-) -> jax.Array:
+  leaves: np.ndarray, outcomes: np.ndarray, new_leaves: np.ndarray, levels: np.ndarray
+) -> np.ndarray:
   """Quantiles of the outcomes, weighted by how often they share a leaf with a new row.
 
   A training row weighs the mean over trees of 1 / (size of its leaf), or 0 in other leaves; the
@@ -110,14 +108,27 @@ def forest_quantiles(
     levels: [m].
 
   Returns:
-    [b, m], in the dtype of `outcomes` as JAX holds it.
+    [b, m], in the dtype of `outcomes`.
   """
+  nodes, trees = max(leaves.max(), new_leaves.max()) + 1, leaves.shape[1]
 
-  def row(leaf):
-    same = leaves == leaf
-    weights = (same / same.sum(axis=0)).mean(axis=1)
-    # A level that the weights reach in exact arithmetic must not be missed by rounding.
-    cumulative = jnp.cumsum(weights) + 1e-6
-    return outcomes[jnp.minimum(jnp.searchsorted(cumulative, levels), len(outcomes) - 1)]
+  def indicators(leaves):  # [rows, trees * nodes]
+    columns = leaves + nodes * np.arange(trees)
+    starts = trees * np.arange(len(leaves) + 1)
+    return sparse.csr_array(
+      (np.ones(leaves.size), columns.ravel(), starts), (len(leaves), trees * nodes)
+    )
 
-  return jax.lax.map(row, new_leaves, batch_size=64)
+  train = indicators(leaves)
+  shares = (train / (trees * np.maximum(train.sum(axis=0), 1))).T.tocsr()
+
+  def of_rows(leaves):
+    cumulative = np.cumsum((indicators(leaves) @ shares).toarray(), axis=1)
+    # One search for all rows, each in its own range of numbers. A level that the weights reach in
+    # exact arithmetic must not be missed by rounding.
+    start = 2.0 * np.arange(len(leaves))[:, None]
+    places = np.searchsorted((cumulative + start).ravel(), levels + start - 1e-6)
+    return outcomes[places - len(outcomes) * np.arange(len(leaves))[:, None]]
+
+  # So many rows at once that their weights take little memory.
+  return np.concatenate([of_rows(new_leaves[i : i + 512]) for i in range(0, len(new_leaves), 512)])

@@ -35,7 +35,9 @@ from projects.quantile_aggregation import (
 )
 from projects.quantile_aggregation.aggregators import Form
 from projects.quantile_aggregation.estimator import QuantileAggregator
-from projects.quantile_aggregation.search import Budget, fold_masks
+from projects.quantile_aggregation.search import Budget, Shape, fold_masks, padded
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "quantile_aggregation"
 GOLDEN = np.load(FOLDER / "aggregators_isotonic_scores.npz")
@@ -292,7 +294,8 @@ def test_a_network_learns_quantiles():
   train, validation = library.Split(x[:400], y[:400]), library.Split(x[400:500], y[400:500])
   budget = SMALL._replace(max_rounds=20, patience=5, widths=(16,))
   folds = library.contiguous_folds(400, 2)
-  predict = library.fit_learner("MQR", train, validation, levels, folds, budget, 0)
+  shape = Shape(420, 120, 3)  # Padding must not keep it from learning.
+  predict = library.fit_learner("MQR", train, validation, levels, folds, budget, 0, shape)
   q = predict(x[500:])
   assert q.shape == (3, 100, 3) and q.dtype == np.float32
   assert np.abs(q[0] - q[1]).max() > 1e-3  # The folds' models differ.
@@ -345,6 +348,31 @@ def test_folds_and_masks():
   folds = library.contiguous_folds(7, 3)
   np.testing.assert_array_equal(folds, [0, 0, 0, 1, 1, 2, 2])
   np.testing.assert_array_equal(fold_masks(folds), [folds != 0, folds != 1, folds != 2])
+  folds = np.array([0, 1, -1])  # The last is padding.
+  np.testing.assert_array_equal(fold_masks(folds), [[False, True, False], [True, False, False]])
+
+
+def test_padding_is_not_seen():
+  """The validation loss is that of the rows themselves; training has a mask for the others."""
+  rows = dqa.Rows(*(np.asarray(a, np.float32) for a in (Z, X, Y)))
+  more = padded(rows, N + 7, X.shape[1] + 2)
+  assert more.z.shape == (N + 7, P, M) and more.x.shape == (N + 7, X.shape[1] + 2)
+  assert not more.z[N:].any() and not more.x[N:].any() and not more.x[:, X.shape[1] :].any()
+  q = baselines.average(more.z)
+  expected = losses.pinball(baselines.average(Z), Y, TAUS).mean()
+  np.testing.assert_allclose(losses.validation_loss(q, more.y, TAUS), expected, rtol=1e-6)
+  # A quantile that is not a number is not padding.
+  assert np.isnan(losses.validation_loss(q.at[0, 0].set(np.nan), more.y, TAUS))
+
+
+def test_tables_of_other_batches_are_not_padded_for():
+  rng = np.random.default_rng(0)
+  split = lambda n, d: data.split(rng.normal(size=(n, d)), rng.normal(size=n), rng)
+  # 90 %, and 80 % of that: 216 and 144 rows go with batches of 32, 1440 with 64.
+  splits = small, wide, large = split(300, 2), split(200, 5), split(2000, 7)
+  assert library.common_shape(small, splits) == Shape(216, 54, 5)
+  assert library.common_shape(wide, splits) == Shape(216, 54, 5)
+  assert library.common_shape(large, splits) == Shape(1440, 360, 7)
 
 
 def test_training_sees_only_the_rows_of_its_mask():
@@ -594,6 +622,14 @@ def test_a_table_from_the_command_line(tmp_path):
 
 
 # The experiment.
+
+
+def test_the_signed_rank_test():
+  """Of n differences that are all below 0 the exact p-value is 2^-n."""
+  assert experiment.rank_test(-np.arange(1.0, 5)) == pytest.approx(1 / 16)
+  assert experiment.rank_test(np.arange(1.0, 5)) == 1
+  assert experiment.rank_test(np.array([3.0, -1, -2, -4])) == pytest.approx(5 / 16)
+  assert experiment.rank_test(np.zeros(4)) == 1
 
 
 @pytest.mark.parametrize(
