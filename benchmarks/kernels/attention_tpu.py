@@ -1,4 +1,4 @@
-"""Attention on TPU: the kernels, XLA and JAX's splash attention, counted and not timed.
+"""Attention on TPU: the kernels, XLA and JAX's own kernels, counted and not timed.
 
   .venv/bin/python -m benchmarks.kernels.attention_tpu
 
@@ -12,11 +12,12 @@ that it may be; XLA's cycles are those of one core, and so are those of splash's
 
 What a kernel does under a condition is counted as often as its grid makes it true. Ours loops over
 the blocks of keys of a block of queries: `visits` plays this loop on the blocks that `masks` finds.
-Splash goes over all pairs of blocks, `splash_regions`: it starts and ends a sum once for each block
+Splash goes over all pairs of blocks, `peer_regions`: it starts and ends a sum once for each block
 of queries (of keys, for their gradients) and works on the pairs that causality leaves. By hand, of
 its forward kernel on v5e with blocks of 512, in bundles: 64 x (197 + 423) + 288 x 1187 + 512 x 65
 of the rest of a step + 514 x 35 around it + 21 before and behind make 432827, which is the count.
-Splash takes the best of `SPLASH_BLOCKS`, and of its two backward passes.
+Splash takes the best of `PEER_BLOCKS`, and of its two backward passes. JAX's older flash attention
+goes over the same pairs and takes the best of the same blocks, forward.
 """
 
 import json
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.experimental.pallas.ops.tpu import flash_attention as flash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from rich.console import Console
@@ -45,7 +47,7 @@ _OUT = flags.DEFINE_string("out", "benchmarks/kernels/attention_tpu.json", "resu
 HEADS, DIM, BLOCK = 8, 128, 512
 SEQ, PROMPT = 4096, 1024
 # Queries, keys, and keys that are worked on at once.
-SPLASH_BLOCKS = [(512, 512, 512), (512, 1024, 512), (1024, 1024, 512)]
+PEER_BLOCKS = [(512, 512, 512), (512, 1024, 512), (1024, 1024, 512)]
 # Less than any region of splash's kernels.
 SMALL_REGION = 24
 ROWS, SLOTS, PAGE = 8, 4096, 128
@@ -94,6 +96,8 @@ def training(chip: str, prompts: tuple[int, ...], segments: bool, backward: bool
     result[name] = bound(chip, sum(cycles.values()), hbm_bytes)
   if len(prompts) == 1:
     result["splash"] = best_splash(chip, seq, segments, backward)
+    if not backward:
+      result["flash"] = best_flash(chip, seq, segments)
   return result
 
 
@@ -154,7 +158,7 @@ def splash_program(blocks: tuple[int, int, int], seq: int, backward: bool, fused
   return gradients(attend) if backward else attend
 
 
-def splash_regions(chip: str, blocks: tuple[int, int, int], seq: int) -> dict[str, list[int]]:
+def peer_regions(chip: str, blocks: tuple[int, int, int], seq: int) -> dict[str, list[int]]:
   of_queries, of_keys, _ = blocks
   queries, keys = seq // of_queries, seq // of_keys
   pairs = sum((i + 1) * of_queries > j * of_keys for i in range(queries) for j in range(keys))
@@ -162,28 +166,51 @@ def splash_regions(chip: str, blocks: tuple[int, int, int], seq: int) -> dict[st
     [HEADS * n, HEADS * pairs, HEADS * n] for n in (queries, keys)
   )  # fmt: skip
   cores = 2 if CHIPS[chip].two_cores else 1
-  return {"fwd": [n // cores for n in by_queries], "dkv": by_keys, "dq": by_queries}
+  forward = [n // cores for n in by_queries]
+  # A single block of keys is worked on, and its sum started and ended, in every step.
+  alone = forward[:1] if keys == 1 else forward
+  return {"fwd": forward, "flash": alone, "dkv": by_keys, "dq": by_queries}
 
 
 def best_splash(chip: str, seq: int, segments: bool, backward: bool) -> dict:
+  found = []
+  for blocks in PEER_BLOCKS:
+    for fused in (False, True) if backward else (False,):
+      program = splash_program(blocks, seq, backward, fused)
+      if one := peer(chip, program, blocks, seq, segments):
+        found.append(one | {"blocks": blocks, "fused": fused})
+  return min(found, key=lambda one: one["bound_us"])
+
+
+def best_flash(chip: str, seq: int, segments: bool) -> dict:
+  found = []
+  for blocks in PEER_BLOCKS:
+    of_queries, of_keys, at_once = blocks
+    sizes = flash.BlockSizes(block_q=of_queries, block_k_major=of_keys, block_k=at_once, block_b=1)
+
+    def attend(q, k, v, *ids, sizes=sizes):
+      ids = [flash.SegmentIds(x, x) for x in ids]
+      options = dict(causal=True, sm_scale=DIM**-0.5, block_sizes=sizes)
+      return flash.flash_attention(q, k, v, None, *ids, **options)
+
+    if one := peer(chip, attend, blocks, seq, segments):
+      found.append(one | {"blocks": blocks})
+  return min(found, key=lambda one: one["bound_us"])
+
+
+def peer(chip: str, program, blocks: tuple[int, int, int], seq: int, segments: bool) -> dict | None:
+  """The bound of one of JAX's kernels; None where the blocks are too large for it or the chip."""
+  if max(blocks) > seq:
+    return None
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype)
   qkv = array(jnp.bfloat16, 1, HEADS, seq, DIM)
   shapes = (qkv, qkv, qkv) + (array(jnp.int32, 1, seq),) * segments
-  found = []
-  for blocks in SPLASH_BLOCKS:
-    if max(blocks) > seq:
-      continue
-    for fused in (False, True) if backward else (False,):
-      try:
-        cycles, hbm_bytes = schedule(
-          splash_program(blocks, seq, backward, fused),
-          shapes, chip, splash_regions(chip, blocks, seq), SMALL_REGION,
-        )  # fmt: skip
-      except jax.errors.JaxRuntimeError:  # Too large for the chip's memory.
-        continue
-      one = bound(chip, sum(cycles.values()), hbm_bytes)
-      found.append(one | {"blocks": blocks, "fused": fused})
-  return min(found, key=lambda one: one["bound_us"])
+  regions = peer_regions(chip, blocks, seq)
+  try:
+    cycles, hbm_bytes = schedule(program, shapes, chip, regions, SMALL_REGION)
+  except jax.errors.JaxRuntimeError:  # Too large for the chip's memory.
+    return None
+  return bound(chip, sum(cycles.values()), hbm_bytes)
 
 
 def decoding(chip: str, dtype, paged: bool, kv_heads: int) -> dict:
@@ -243,7 +270,7 @@ def main(_) -> None:
       decoding(chip, jnp.int4, False, 8),
     ]
   table = Table("chip", "case", "floor us", "kernel us", "of floor", "limit", "XLA / kernel",
-                "splash / kernel")  # fmt: skip
+                "splash / kernel", "flash / kernel")  # fmt: skip
   for r in results:
     kernel = r["mosaic_tpu"]
     table.add_row(
@@ -254,7 +281,10 @@ def main(_) -> None:
       f"{kernel['bound_us'] / r['floor_us']:.2f}",
       kernel["limit"],
       f"{r['xla']['bound_us'] / kernel['bound_us']:.2f}",
-      f"{r['splash']['bound_us'] / kernel['bound_us']:.2f}" if "splash" in r else "",
+      *(
+        f"{r[name]['bound_us'] / kernel['bound_us']:.2f}" if name in r else ""
+        for name in ("splash", "flash")
+      ),
     )
   Console(width=120).print(table)
   text = json.dumps({"environment": environment(), "results": results}, indent=1)

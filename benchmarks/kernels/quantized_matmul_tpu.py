@@ -10,6 +10,7 @@ that of bfloat16; utilisation is that time, of bfloat16, over the bound. Chips o
 share the work, and each core's cycles are counted.
 """
 
+import functools
 import json
 import pathlib
 
@@ -25,7 +26,7 @@ from common import cli
 from common.compilation.topology import CHIPS
 from common.reporting.report import environment
 from kernels.integer_matmul.api import integer_matmul
-from kernels.quantized_matmul import mosaic_tpu
+from kernels.quantized_matmul import tpu_operands
 from kernels.quantized_matmul.api import quantized_matmul
 from kernels.quantized_matmul.packing import pack, packed_dtype
 
@@ -36,12 +37,12 @@ SQUARE, DOWN, UP = (4096, 4096), (11008, 4096), (4096, 11008)
 SQUARE_70B, DOWN_70B, UP_70B = (8192, 8192), (28672, 8192), (8192, 28672)
 DECODING = [  # Shape, bits, rows, and how many inputs and outputs share a scale.
   *((SQUARE, 4, rows, (128, 1)) for rows in (1, 16, 32, 64)),
-  (SQUARE, 2, 16, (128, 1)),
-  *((SQUARE, 3, rows, (128, 1)) for rows in (1, 16, 32)),
-  (SQUARE, 8, 16, (128, 1)),
+  *((SQUARE, 2, rows, (128, 1)) for rows in (16, 32, 64)),
+  *((SQUARE, 3, rows, (128, 1)) for rows in (1, 16, 32, 64)),
+  *((SQUARE, 8, rows, (128, 1)) for rows in (16, 64)),
   (DOWN, 4, 16, (128, 1)),
   (DOWN, 3, 16, (128, 1)),
-  *((shape, 4, 16, (128, 1)) for shape in (SQUARE_70B, UP_70B, DOWN_70B)),
+  *((shape, 4, rows, (128, 1)) for shape in (SQUARE_70B, UP_70B, DOWN_70B) for rows in (16, 64)),
   *((SQUARE, 4, rows, (32, 1)) for rows in (4, 16)),
   *((SQUARE, 4, rows, (64, 1)) for rows in (8, 16)),
 ]
@@ -113,8 +114,8 @@ def decode(chip, shape, bits, rows, group) -> dict:
 
 
 def regions(chip, shape, bits) -> list[int]:
-  """How often one core splits activations, starts a sum and ends it (`mosaic_tpu._kernel`)."""
-  cores, columns, blocks = mosaic_tpu.grid(shape, 128, bits)
+  """How often one core splits activations, starts a sum and ends it (the kernels' `_kernel`)."""
+  cores, columns, blocks = tpu_operands.grid(shape, 128, bits)
   # A core alone does both halves of the columns, and splits the activations for each.
   halves = 1 if CHIPS[chip].two_cores else cores
   if blocks == 1:
@@ -123,13 +124,17 @@ def regions(chip, shape, bits) -> list[int]:
 
 
 def prefill(chip, shape, rows) -> dict:
-  """4-bit weights as `implementation=None` multiplies them, W8A8 and bfloat16, all through XLA."""
+  """4-bit and W8A8 products as `implementation=None` multiplies them on this chip, and bfloat16."""
   inputs, columns = shape
   array = jax.ShapeDtypeStruct
   x, *packed = arguments(shape, 4, rows)
   peak = 2 * rows * inputs * columns / CHIPS[chip].flops_per_second * 1e6
   integers = [array(shape, jnp.int8), array((1, columns), jnp.bfloat16)]
-  w8a8 = lambda x, values, scales: integer_matmul(x, values, scales, activation_bits=8)
+  w8a8 = functools.partial(
+    integer_matmul,
+    activation_bits=8,
+    implementation="mosaic_tpu" if chip == "v5p" else "xla",
+  )
   found = {
     "bfloat16": bound(chip, dot, [x, array(shape, jnp.bfloat16)], floor_us=peak),
     "w4": bound(chip, product(4, None), [x, *packed], floor_us=peak),

@@ -72,7 +72,7 @@ from projects.adadim.adadim import axis_candidates, output_error
 from projects.flatquant.flat_block import ClipFactors, FlatQuantSettings, clip_kernel, round_kernel
 from projects.flatquant.flatquant import make_optimizer as flatquant_optimizer
 from projects.flatquant.flatquant import normalized_error
-from projects.flatquant.transforms import KroneckerTransform, RawMatrix, random_orthogonal
+from projects.flatquant.transforms import KroneckerTransform, SVDMatrix, random_orthogonal
 from projects.flexround.flexround import FlexRound, FlexRoundSettings, feature_sum, make_optimizer
 from projects.flexround.scale_search import min_max_scales
 from projects.llm_fp4.llm_fp4 import FPQSettings, search_linear
@@ -210,10 +210,10 @@ FLAT_OPTIMIZER = flatquant_optimizer(FLAT_RATE, FLAT_STEPS, clip_rate_factor=CLI
 
 
 class FlatLinear(nnx.Module):
-  """One linear of a `FlatBlock`, Q(X diag(c) P) Q(P^-1 diag(1 / c) W), with P as raw matrices."""
+  """One linear of a `FlatBlock`, Q(X diag(c) P) Q(P^-1 diag(1 / c) W)."""
 
   def __init__(self, kernel, left, right, scale):
-    matrices = [RawMatrix(FACTOR, jax.random.key(0)) for _ in (left, right)]
+    matrices = [SVDMatrix(FACTOR, jax.random.key(0)) for _ in (left, right)]
     for matrix, raw in zip(matrices, (left, right)):
       matrix.raw[...] = raw
     self.kernel = nnx.Param(kernel)
@@ -230,8 +230,9 @@ class FlatLinear(nnx.Module):
 
 
 def with_matrices(w, x):
-  """Random orthogonal matrices and FlatQuant's c to start from."""
-  left, right = (np.asarray(random_orthogonal(jax.random.key(i), FACTOR)) for i in (0, 1))
+  """Raw matrices of U and V of both factors, and FlatQuant's c, to start from."""
+  raw = [np.asarray(random_orthogonal(jax.random.key(i), FACTOR)) for i in range(4)]
+  left, right = np.stack(raw[:2]), np.stack(raw[2:])
   scale = 1 / np.asarray(smoothquant_scale(np.abs(x).max(axis=0), [w], FLAT.scale_alpha))
   return {"w": w, "x": x, "left": left, "right": right, "scale": scale}
 

@@ -122,6 +122,14 @@ def torch_kronecker(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
   return (left.T @ (x.reshape(-1, FACTOR, FACTOR) @ right)).reshape(x.shape)
 
 
+def torch_svd(raw: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+  """U diag(sigma) V^T and its inverse transpose, U and V by Cayley from raw [2, n, n]."""
+  lower, eye = raw.tril(-1), torch.eye(raw.shape[-1])
+  half = (lower - lower.mT) / 2
+  u, v = torch.linalg.solve(eye - half, eye + half)
+  return (u * sigma) @ v.T, (u / sigma) @ v.T
+
+
 def torch_symmetric(rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
   """Symmetric rounding in the range of each row; gradients pass it."""
   largest = LEVELS // 2
@@ -135,11 +143,12 @@ def torch_symmetric(rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -
 def torch_flatquant(w, x, left, right, scale):
   target, start = x @ w, scale
   clips = [torch.full((2, w.shape[1], 1), INITIAL_CLIP), torch.full((2,), INITIAL_CLIP)]
+  sigmas = [torch.ones(FACTOR).requires_grad_() for _ in (left, right)]
   left, right, scale = (m.clone().requires_grad_() for m in (left, right, scale))
   of_weights, of_inputs = (clip.requires_grad_() for clip in clips)
   optimizer = torch.optim.AdamW(
     [
-      {"params": [left, right, scale], "lr": FLAT_RATE},
+      {"params": [left, right, *sigmas, scale], "lr": FLAT_RATE},
       {"params": [of_weights, of_inputs], "lr": CLIP_FACTOR * FLAT_RATE},
     ],
     weight_decay=0.01,
@@ -153,13 +162,13 @@ def torch_flatquant(w, x, left, right, scale):
   )
 
   def error():
-    inverses = torch.linalg.inv(left).T, torch.linalg.inv(right).T
-    kernel = torch_kronecker(w.T / scale, *inverses)
+    (p1, inverse_p1), (p2, inverse_p2) = map(torch_svd, (left, right), sigmas)
+    kernel = torch_kronecker(w.T / scale, inverse_p1, inverse_p2)
     shrink = of_weights.sigmoid()
     low, high = kernel.amin(1, keepdim=True) * shrink[0], kernel.amax(1, keepdim=True) * shrink[1]
     kernel = torch.minimum(torch.maximum(kernel, low), high)
     kernel = torch_symmetric(kernel, kernel.amin(1, keepdim=True), kernel.amax(1, keepdim=True))
-    inputs, shrink = torch_kronecker(x * scale, left, right), of_inputs.sigmoid()
+    inputs, shrink = torch_kronecker(x * scale, p1, p2), of_inputs.sigmoid()
     low, high = inputs.amin(1, keepdim=True) * shrink[0], inputs.amax(1, keepdim=True) * shrink[1]
     return (torch_symmetric(inputs, low, high) @ kernel.T - target).pow(2).mean()
 

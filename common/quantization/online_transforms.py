@@ -9,9 +9,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from common.quantization.activations import ActivationFormat, fake_quantize, min_max_range
+from common.models.surgery import get_module, replace_module
+from common.quantization.activations import (
+  ActivationFormat,
+  fake_quantize,
+  min_max_range,
+  no_integer_product,
+  range_to_scale,
+)
+from common.quantization.linear import QuantizedLinear
 from kernels.attention.api import attention
-from kernels.kronecker_quantize.api import kronecker_transform
+from kernels.integer_matmul.api import integer_matmul, scaled_matmul
+from kernels.kronecker_quantize.api import kronecker_quantize, kronecker_transform
 
 Array = jax.Array
 
@@ -116,6 +125,72 @@ class ClippedInput(nnx.Module):
   def __call__(self, x: Array) -> Array:
     """[..., in] -> [..., out]."""
     return self.layer(clipped_fake_quantize(x, self.format, self.clip[...]))
+
+
+class TransformedIntegerLinear(nnx.Module):
+  """A packed `ClippedInput` in integers: x P is rounded to codes in one kernel where there is one.
+
+  Its values are those of `ClippedInput` behind `transform`, but for sums in another order, and for a
+  code where a value lies at the middle of two.
+  """
+
+  def __init__(self, clipped: ClippedInput, transform: OnlineTransform | None):
+    """transform: P, shared by the linears that read it; None where x comes transformed."""
+    self.layer = clipped.layer
+    self.transform = transform
+    self.format = clipped.format
+    self.clip = clipped.clip
+
+  def __call__(self, x: Array) -> Array:
+    """[..., in] -> [..., out] in x's dtype."""
+    weight, clip, bits = self.layer.weight.get_value(), self.clip[...], self.format.bits
+    scales = jnp.broadcast_to(weight.scales, (weight.scales.shape[0], weight.shape[1]))
+    if self.transform is None:
+      low, high = min_max_range(x, self.format)
+      scale, _ = range_to_scale(low * clip[0], high * clip[1], self.format)
+      scale = scale[..., 0]  # Of the one group, [..., 1, 1].
+      y = integer_matmul(x, weight.values, scales, activation_bits=bits, activation_scales=scale)
+    else:
+      factors = self.transform.left[...], self.transform.right[...]
+      codes, scale = kronecker_quantize(x, *factors, clip, bits=bits)
+      codes = codes.astype(jnp.int4) if bits == 4 else codes
+      y = scaled_matmul(codes, scale, weight.values, scales, dtype=x.dtype)
+    bias = self.layer.bias
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+def integer_transformed_linears(block: nnx.Module) -> None:
+  """Turns the packed linears of a finished block into integer products, in place.
+
+  A transform goes from the norm, or from the MLP, into the linears that read it, each of which has a
+  clip of its own. (Where no kernel joins it to the rounding, XLA computes it once for all.) Linears
+  that have no integer product (`activations.no_integer_product`) stay as they are.
+
+  Args:
+    block: with a `ClippedInput` around each of its linears.
+  """
+  paths = [
+    ".".join(map(str, path))
+    for path, layer in nnx.iter_modules(block)
+    if isinstance(layer, ClippedInput)
+    and isinstance(layer.layer, QuantizedLinear)
+    and not no_integer_product(layer.layer.weight.get_value(), layer.format)
+  ]
+  transforms = {}
+  for norm, readers in (
+    ("attention_norm", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+    ("mlp_norm", ("mlp.gate_proj", "mlp.up_proj")),
+  ):
+    transformed = getattr(block, norm)
+    if isinstance(transformed, TransformedNorm) and set(readers) <= set(paths):
+      transforms |= dict.fromkeys(readers, transformed.transform)
+      setattr(block, norm, transformed.norm)
+  if isinstance(block.mlp, TransformedMLP) and "mlp.down_proj" in paths:
+    transforms["mlp.down_proj"] = block.mlp.transform
+    block.mlp.transform = None
+  for path in paths:
+    layer = TransformedIntegerLinear(get_module(block, path), transforms.get(path))
+    replace_module(block, path, layer)
 
 
 def clipped_fake_quantize(x: Array, format: ActivationFormat, clip: Array) -> Array:

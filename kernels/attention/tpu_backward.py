@@ -124,14 +124,17 @@ def backward_keys(
   def of_keys(b, h, j, g, part, *_):
     return b, h, j, 0
 
+  def needed(b, j, part, ranges):
+    return needed_part(ranges, (b, j), part, blocks) if seq > resident else 0
+
   def of_queries(b, h, j, g, part, ranges, *_):
-    return b, h * group + g, needed_part(ranges, (b, j), part, blocks), 0
+    return b, h * group + g, needed(b, j, part, ranges), 0
 
   def numbers(b, h, j, g, part, ranges, *_):
-    return b, h * group + g, 0, needed_part(ranges, (b, j), part, blocks)
+    return b, h * group + g, 0, needed(b, j, part, ranges)
 
   def ids_of_queries(b, h, j, g, part, ranges, *_):
-    return b, 0, needed_part(ranges, (b, j), part, blocks)
+    return b, 0, needed(b, j, part, ranges)
 
   return pl.pallas_call(
     functools.partial(_backward_keys_kernel, settings=settings),

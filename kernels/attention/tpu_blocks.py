@@ -120,7 +120,10 @@ def scalars(queries: Tokens, keys: Tokens, settings: Settings, *, by_keys: bool 
 
 
 def needed_part(ranges, index, part, blocks: int):
-  """The resident part to have on the chip: one that is not needed is not fetched."""
+  """The resident part to have on the chip: one that is not needed is not fetched.
+
+  Where there is one part only, its number must be a constant instead: this is work for every step.
+  """
   first = div(ranges[0, *index], blocks)
   last = div(jnp.maximum(ranges[1, *index] - 1, 0), blocks)
   return jnp.clip(part, first, jnp.maximum(last, first))
@@ -202,7 +205,7 @@ def over_queries(
   blocks = resident // settings.key_block
 
   def needed(b, i, part, ranges):
-    return needed_part(ranges, (b, i), part, blocks)
+    return needed_part(ranges, (b, i), part, blocks) if count > resident else 0
 
   def queries(b, h, i, part, *_):
     return b, h, i, 0

@@ -1,6 +1,7 @@
 """Integer products through XLA, which uses the integer matrix units where there are any."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def quantize_activations(
   return codes.astype(jnp.int8), scales
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def integer_matmul(
   x: Array,
   values: Array,
@@ -35,12 +36,23 @@ def integer_matmul(
   activation_scales: Array | None,
   activation_zero_points: Array | None,
   activation_bits: int,
+  quantize: Callable[..., tuple[Array, Array]] = quantize_activations,
 ) -> Array:
-  """As `api.integer_matmul`."""
-  codes, x_scales = quantize_activations(
-    x, activation_scales, activation_zero_points, activation_bits
+  """As `api.integer_matmul`; quantize: as `quantize_activations`."""
+  codes, x_scales = quantize(x, activation_scales, activation_zero_points, activation_bits)
+  if activation_bits == 4 and values.dtype == jnp.int4:
+    codes = codes.astype(jnp.int4)
+  zero = (
+    None if activation_zero_points is None else _signed(activation_zero_points, activation_bits)
   )
-  both_narrow = activation_bits == 4 and values.dtype == jnp.int4
+  return scaled_matmul(codes, x_scales, values, scales, zero, x.dtype)
+
+
+def scaled_matmul(
+  codes: Array, code_scales: Array, values: Array, scales: Array, zero: Array | None, dtype
+) -> Array:
+  """As `api.scaled_matmul`; zero: the code of the value 0 of each token, int32, or None for 0."""
+  both_narrow = codes.dtype == values.dtype == jnp.int4
   operand = jnp.int4 if both_narrow else jnp.int8
   codes, w = codes.astype(operand), values.astype(operand)
   groups = scales.shape[0]
@@ -52,20 +64,21 @@ def integer_matmul(
     by_group = codes.reshape(*codes.shape[:-1], groups, -1)
     weights = w.reshape(groups, -1, w.shape[1])
     sums = jnp.einsum("...gi,gio->...go", by_group, weights, preferred_element_type=jnp.int32)
-  if activation_zero_points is not None:
-    zero = _signed(activation_zero_points, activation_bits)
+  if zero is not None:
     of_groups = w.reshape(groups, -1, w.shape[1])
     sums = sums - zero[..., None] * jnp.sum(of_groups, axis=1, dtype=jnp.int32)
   y = jnp.sum(sums.astype(jnp.float32) * scales.astype(jnp.float32), axis=-2)
-  return (y * x_scales).astype(x.dtype)
+  return (y * code_scales).astype(dtype)
 
 
-def _forward(x, values, scales, activation_scales, activation_zero_points, activation_bits):
+def _forward(
+  x, values, scales, activation_scales, activation_zero_points, activation_bits, quantize
+):
   arrays = (x, values, scales, activation_scales, activation_zero_points)
-  return integer_matmul(*arrays, activation_bits), arrays
+  return integer_matmul(*arrays, activation_bits, quantize), arrays
 
 
-def _backward(activation_bits, arrays, dy):
+def _backward(activation_bits, quantize, arrays, dy):
   x, values, scales, activation_scales, zero_points = arrays
   weights = values.astype(jnp.float32).reshape(scales.shape[0], -1, scales.shape[1])
   weights = (weights * scales.astype(jnp.float32)[:, None]).reshape(values.shape)

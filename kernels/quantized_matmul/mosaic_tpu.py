@@ -13,7 +13,7 @@ operations for two registers of 8-bit operands (19 for eight registers of 3-bit 
   or 64 each has rows of digits of its own, zero outside of the group. Zero points come off by a
   second, small product: (x's sums over the groups) @ (scales * zero points).
 
-Scales along the output are in `tpu_output_groups`.
+Scales along the output are in `tpu_output_groups`, 33 to 64 rows of bfloat16 in `tpu_bfloat16`.
 """
 
 import functools
@@ -24,16 +24,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.quantized_matmul import tpu_output_groups
+from kernels.quantized_matmul import tpu_bfloat16, tpu_output_groups
 from kernels.quantized_matmul.gradient import with_reference_gradient
 from kernels.quantized_matmul.packing import RUN_ROWS
 from kernels.quantized_matmul.tpu_operands import (
   ACTIVATION_BLOCK,
-  BLOCK_COLUMNS,
   LANES,
   ROW_TILE,
   VMEM_BYTES,
-  block_inputs,
+  float32_dot,
+  grid,
   in_order_of_codes,
   largest_divisor,
   split_activations,
@@ -92,6 +92,8 @@ def quantized_matmul(
 def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
   if scales.shape[1] != values.shape[1]:
     return tpu_output_groups.quantized_matmul(x, values, scales, zero_points, bits=bits)
+  if tpu_bfloat16.supported(x, values, scales):
+    return tpu_bfloat16.quantized_matmul(x, values, scales, zero_points, bits=bits)
   *leading, inputs = x.shape
   columns, rows = values.shape[-1], math.prod(leading)
   # Long groups are summed in parts.
@@ -144,18 +146,6 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
     name=f"quantized_matmul_w{bits}",
   )(*arguments)
   return out[:rows].reshape(*leading, columns)
-
-
-def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
-  """Cores, blocks of columns of each and blocks of inputs of weights [inputs, columns].
-
-  The groups are of a multiple of 128 inputs, or, if they are smaller, taken together.
-  """
-  inputs, columns = shape
-  block_columns = next(n for n in BLOCK_COLUMNS if columns % n == 0)
-  # The cores of a chip share the columns.
-  cores = math.gcd(columns // block_columns, 2)
-  return cores, columns // block_columns // cores, inputs // block_inputs(inputs, group, bits)
 
 
 def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: int):
@@ -213,12 +203,7 @@ def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: i
     y = total[...]
     if zero_points:
       offsets = float_scales[...] * zero_points[0][...].astype(jnp.float32)
-      y -= jnp.dot(
-        sums[:, : scales.shape[0]],
-        offsets,
-        precision="highest",
-        preferred_element_type=jnp.float32,
-      )
+      y -= float32_dot(sums[:, : scales.shape[0]], offsets)
     of_rows = len(out)
     y = sum(y[start : start + of_rows] for start in range(0, rows, of_rows))
     out[...] = y.astype(out.dtype)

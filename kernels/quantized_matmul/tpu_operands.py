@@ -32,6 +32,41 @@ def largest_divisor(number: int, multiple_of: int, at_most: int) -> int:
   return max(found, default=multiple_of)
 
 
+def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
+  """Cores, blocks of columns of each and blocks of inputs of weights [inputs, columns].
+
+  The groups are of a multiple of 128 inputs, or, if they are smaller, taken together.
+  """
+  inputs, columns = shape
+  block_columns = next(n for n in BLOCK_COLUMNS if columns % n == 0)
+  # The cores of a chip share the columns.
+  cores = math.gcd(columns // block_columns, 2)
+  return cores, columns // block_columns // cores, inputs // block_inputs(inputs, group, bits)
+
+
+def float32_dot(a: Array, b: Array) -> Array:
+  """a @ b of float32 [rows, n] and [n, columns] for few n.
+
+  As precision "highest" it sums six products of bfloat16 parts. Each of them would take the matrix
+  unit as long as one of 128 or more n: they are laid on end and summed as one.
+  """
+  (a1, a2, a3), (b1, b2, b3) = _bfloat16_parts(a), _bfloat16_parts(b)
+  a = jnp.concatenate([a1, a1, a1, a2, a2, a3], axis=1)
+  b = jnp.concatenate([b1, b2, b3, b1, b2, b1], axis=0)
+  return jnp.dot(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _bfloat16_parts(x: Array) -> list[Array]:
+  """Three float32 arrays of bfloat16's precision whose sum is x: 8 of its 24 bits each."""
+  parts = []
+  for _ in range(3):
+    # Not by a conversion and back, which XLA may leave out.
+    upper = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)
+    parts.append(jax.lax.bitcast_convert_type(upper, jnp.float32))
+    x = x - parts[-1]
+  return parts
+
+
 def split_activations(x: Array) -> tuple[Array, Array, Array]:
   """x = (256 high + low) step, [rows, inputs], with one step for all inputs of a row.
 
@@ -92,21 +127,22 @@ def unpacked_codes(values, at: int, bits: int) -> Array:
   return jnp.concatenate(parts[first : first + LANES // WORD_ROWS])
 
 
-def in_order_of_codes(digits: Array, bits: int) -> Array:
-  """Digits int8 [rows, 128] in the order of the inputs in `unpacked_codes`."""
+def in_order_of_codes(x: Array, bits: int) -> Array:
+  """x, or digits of it, bfloat16 or int8 [rows, 128], in the order of `unpacked_codes`' inputs."""
   if bits in (3, 8):
-    return digits
-  order = _unpacked_order(bits)
-  return jnp.dot(digits, order, preferred_element_type=jnp.int32).astype(jnp.int8)
+    return x
+  sums = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+  order = _unpacked_order(bits).astype(x.dtype)
+  return jnp.dot(x, order, preferred_element_type=sums).astype(x.dtype)
 
 
 def _unpacked_order(bits: int) -> Array:
-  """The permutation int8 [128, 128] that puts inputs in the order of `unpack`."""
+  """The permutation [128, 128] that puts inputs in the order of `unpack`."""
   source = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 0)
   target = jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), 1)
   per_byte, stride = 8 // bits, LANES * bits // 8
   shift = stride.bit_length() - 1
-  return (source == (target & (stride - 1)) * per_byte + (target >> shift)).astype(jnp.int8)
+  return source == (target & (stride - 1)) * per_byte + (target >> shift)
 
 
 def _every(bits: int, pattern: int) -> Array:

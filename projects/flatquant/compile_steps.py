@@ -19,6 +19,7 @@ from common.models.decoder import Block, DecoderConfig, make_context
 from common.models.scan import abstract_stack
 from common.models.sharding import PARAMETERS, batch_sharding, place, shardings
 from common.quantization.calibration import rtn_block
+from common.quantization.online_transforms import integer_transformed_linears
 from common.quantization.reconstruction import Learned, ReconstructionSettings, reconstruct
 from common.training.mesh import AXES, make_mesh
 from projects.flatquant.flat_block import FlatBlock, FlatQuantSettings
@@ -72,11 +73,12 @@ def abstract_flat_block(model: DecoderConfig, block: Block, settings: FlatQuantS
 
 
 def packed_block(model: DecoderConfig, block: Block, settings: FlatQuantSettings) -> Block:
-  """What `pack` returns, without its detour over float64."""
+  """What `pack` returns, without its detour over float64, in integer products if it has them."""
   flat = abstract_flat_block(model, block, settings)
   folded = flat.fold()
   folded = folded if settings.weights is None else rtn_block(folded, settings.weights)
   flat.quantize_inputs(folded)
+  integer_transformed_linears(folded)
   return folded
 
 

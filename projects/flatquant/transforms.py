@@ -26,8 +26,15 @@ Parametrization = Literal["svd", "inverse", "rotation", "hadamard"]
 
 @jax.custom_jvp
 def inverse(matrices: Array) -> Array:
-  """Of [..., n, n]. Its derivative is two products, where that of a solver is another solve."""
-  return jnp.linalg.inv(matrices)
+  """Of one matrix [n, n], or of each of [matrices, n, n].
+
+  Its derivative is two products, where that of a solver is another solve.
+  """
+  if matrices.ndim == 2:
+    return jnp.linalg.inv(matrices)
+  # One at a time: on a CPU a batched LU decomposition hands its matrices to the threads that run the
+  # program, and waits. Once each of them is in such a decomposition, none is left to do the work.
+  return jax.lax.map(jnp.linalg.inv, matrices)
 
 
 @inverse.defjvp

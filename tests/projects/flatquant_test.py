@@ -1,6 +1,7 @@
 """FlatQuant: vectors of the official code, invariants, bad input, and the tiny run."""
 
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,15 @@ from common.quantization.activations import ActivationFormat, fake_quantize
 from common.quantization.calibration import Streams, run_block
 from common.quantization.equivalent import smoothquant_scale
 from common.quantization.linear import quantized_weights
-from common.quantization.online_transforms import TransformedAttention, clipped_fake_quantize
+from common.quantization.online_transforms import (
+  ClippedInput,
+  TransformedAttention,
+  TransformedIntegerLinear,
+  TransformedMLP,
+  TransformedNorm,
+  clipped_fake_quantize,
+  integer_transformed_linears,
+)
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import Learned, ReconstructionSettings
 from kernels.attention.api import attention
@@ -51,6 +60,8 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = np.load(
   pathlib.Path(__file__).parents[1] / "golden/flatquant/transform_and_quantizers.npz"
 )
@@ -70,6 +81,14 @@ def test_cayley_is_the_official_one(side, matrix):
     np.testing.assert_allclose(found.T @ found, np.eye(len(found)), atol=1e-5)
     assert np.linalg.det(found) == pytest.approx(1, abs=1e-5)
   np.testing.assert_array_equal(cayley(jnp.zeros((5, 5))), np.eye(5))
+
+
+def test_inverses_are_decomposed_one_at_a_time():
+  """See `transforms.inverse`: batched ones may wait for each other for ever."""
+  program = jax.jit(lambda raw: jax.vjp(cayley, raw)[1](raw))
+  text = program.lower(jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)).as_text()
+  batches = re.findall(r'custom_call @lapack_sgetrf.*num_batch_dims = "(\d)"', text)
+  assert batches and set(batches) == {"0"}, batches
 
 
 def golden_factors() -> Factors:
@@ -209,6 +228,35 @@ def test_no_transforms_and_no_clipping_are_rounding_to_nearest(block_and_inputs)
   for path, weight in quantized_weights(expected).items():
     np.testing.assert_array_equal(found[path].dequantize(), weight.dequantize())
   np.testing.assert_array_equal(run_block(packed, x, context), run_block(expected, x, context))
+
+
+def test_integer_products_equal_the_fake_quantized_block(block_and_inputs):
+  block, x, context = block_and_inputs
+  settings = rounding(8, initial_clip=2.0)
+  flat = initial_block(block, x, context, jax.random.key(0), settings)
+  for i, clips in enumerate(flat.input_clips.values()):
+    clips.logits[...] = jnp.array([2.0, 0.5 + 0.25 * i])  # The readers of a transform differ.
+  packed = pack(flat, settings)
+  integer = nnx.clone(packed)
+  integer_transformed_linears(integer)
+  kinds = [type(module) for _, module in nnx.iter_modules(integer)]
+  assert kinds.count(TransformedIntegerLinear) == 7
+  assert ClippedInput not in kinds and TransformedNorm not in kinds
+  assert integer.mlp.transform is None and isinstance(integer.mlp, TransformedMLP)
+  expected = run_block(packed, x, context) - x
+  error = np.abs(run_block(integer, x, context) - x - expected)
+  # A code that goes the other way moves an output by a step of 1/127 of a token's largest input;
+  # without one only the order of float32 sums differs.
+  size = float(jnp.abs(expected).max())
+  assert error.max() < 1e-2 * size and np.median(error) < 1e-5 * size
+  # There are no integer products of 5 bits: nothing changes.
+  unsupported = nnx.clone(packed)
+  for _, layer in nnx.iter_modules(unsupported):
+    if isinstance(layer, ClippedInput):
+      layer.format = ActivationFormat(5, symmetric=True)
+  integer_transformed_linears(unsupported)
+  kinds = [type(module) for _, module in nnx.iter_modules(unsupported)]
+  assert kinds.count(ClippedInput) == 7 and kinds.count(TransformedNorm) == 2
 
 
 def test_keys_and_queries_keep_their_products():

@@ -27,6 +27,7 @@ from common.quantization.activations import (
 from common.quantization.calibration import rtn_block
 from common.quantization.linear import QuantizedLinear
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.straight_through import clip_ste, round_ste
 from tests.common.models.small_decoders import ARCHITECTURES, random_module
 
 FORMATS = [
@@ -104,6 +105,31 @@ def test_static_ranges():
   assert error(searched) < error(whole)
   with pytest.raises(UserError, match="observer='max'; supported: min_max"):
     static_range(batches, format, "max")
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_are_those_of_straight_through_rounding(symmetric):
+  format = ActivationFormat(4, symmetric=symmetric)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 8)), jnp.float32)
+  weights = jnp.asarray(np.random.default_rng(1).normal(size=x.shape), jnp.float32)
+  low, high = 0.6 * x.min(axis=-1, keepdims=True), 0.7 * x.max(axis=-1, keepdims=True)
+
+  def reference(x, low, high):
+    scale, zero = range_to_scale(low, high, format)
+    codes = clip_ste(round_ste(x / scale) + zero, *format.code_range)
+    return jnp.sum((codes - zero) * scale * weights)
+
+  def found(x, low, high):
+    # `fake_quantize` has an axis of groups before the channels.
+    rounded = fake_quantize(x, format, low=low[..., None, :], high=high[..., None, :])
+    return jnp.sum(rounded * weights)
+
+  (a, da), (b, db) = (
+    jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(x, low, high) for f in (found, reference)
+  )
+  np.testing.assert_allclose(a, b, rtol=1e-6)
+  for one, other in zip(da, db):
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def quantized_block(format, ranges=None):

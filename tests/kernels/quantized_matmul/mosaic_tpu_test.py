@@ -13,7 +13,7 @@ from jax.sharding import SingleDeviceSharding
 
 from common import cli
 from common.compilation.topology import tpu_slice
-from kernels.quantized_matmul import mosaic_tpu, tpu_operands, tpu_output_groups
+from kernels.quantized_matmul import tpu_operands, tpu_output_groups
 from kernels.quantized_matmul.api import quantized_matmul
 from kernels.quantized_matmul.packing import pack, packed_dtype
 
@@ -38,16 +38,16 @@ def in_interpreter(x, packed, bits):
     return quantized_matmul(x, *packed, bits=bits, implementation="mosaic_tpu")
 
 
-def check(x, packed, exact, bits):
+def check(x, packed, exact, bits, x_error=2.0**-14):
   y = in_interpreter(x, packed, bits)
   assert y.shape == (*x.shape[:-1], exact.shape[1]) and y.dtype == x.dtype
   reference = np.asarray(x, np.float64)
   expected = reference @ exact
-  # x is rounded to 2^-14 of the largest value in reach; codes, up to 2^bits - 1 in size before the
-  # zero point comes off, are exact; sums and scales are float32; the result has x's precision.
+  # x is rounded to `x_error` of the largest value in reach; codes, up to 2^bits - 1 in size before
+  # the zero point comes off, are exact; sums and scales are float32; the result has x's precision.
   largest = np.abs(reference).max(axis=-1, keepdims=True)
   unsubtracted = np.abs(exact) + 2**bits * 1.5
-  bound = 2.0**-14 * largest * np.abs(exact).sum(axis=0)
+  bound = x_error * largest * np.abs(exact).sum(axis=0)
   bound = bound + 64 * 2.0**-24 * (np.abs(reference) @ unsubtracted)
   bound = bound + float(jnp.finfo(x.dtype).eps) * np.abs(expected)
   assert (np.abs(np.asarray(y, np.float64) - expected) <= bound).all()
@@ -61,6 +61,28 @@ def test_equals_float64(bits, asymmetric, monkeypatch):
   x = np.random.default_rng(0).normal(size=(3, 512))
   for dtype in (jnp.bfloat16, jnp.float32):
     check(jnp.asarray(x, dtype), packed, exact, bits)
+
+
+@pytest.mark.parametrize("asymmetric", (True, False))
+@pytest.mark.parametrize("bits, group", [(2, 128), (3, 128), (4, 256), (8, 1024)])
+def test_many_rows_of_bfloat16_lose_nothing(bits, group, asymmetric, monkeypatch):
+  """Unlike digits; two blocks of inputs, groups of a part of one and of both."""
+  monkeypatch.setattr(tpu_operands, "_BLOCK_INPUTS", 512)
+  packed, exact = weights(bits, asymmetric, 1024, 128, group)
+  x = np.random.default_rng(0).normal(size=(33, 1024))
+  x[:, 5] *= 1e4
+  check(jnp.asarray(x, jnp.bfloat16), packed, exact, bits, x_error=0)
+
+
+def test_float32_dot():
+  a, b = (np.random.default_rng(0).normal(size=shape) for shape in ((4, 6), (6, 5)))
+  a, b = a.astype(np.float32), b.astype(np.float32)
+  exact = a.astype(np.float64) @ b
+  # The products of parts that are left out are 2^-24 of the whole; so is the rounding of the sums.
+  bound = 8 * 2.0**-24 * (np.abs(a) @ np.abs(b))
+  found = jax.jit(tpu_operands.float32_dot)(a, b)
+  assert (np.abs(np.asarray(found, np.float64) - exact) <= bound).all()
+  assert not np.isfinite(tpu_operands.float32_dot(jnp.asarray(a).at[1, 2].set(jnp.inf), b)[1]).any()
 
 
 @pytest.mark.parametrize("asymmetric", (True, False))
@@ -87,9 +109,9 @@ def test_scales_along_the_output(bits, group, rows, asymmetric, monkeypatch):
 
 def test_three_bits_of_a_large_prime_take_one_block():
   """Llama-2-7B's 11008 = 43 x 256 inputs: 43 steps of a block of 256 would be too short."""
-  assert mosaic_tpu.grid((11008, 4096), 128, 3) == (2, 4, 1)
-  assert mosaic_tpu.grid((11008, 4096), 128, 4) == (2, 4, 2)
-  assert mosaic_tpu.grid((28672, 8192), 128, 3) == (2, 8, 7)
+  assert tpu_operands.grid((11008, 4096), 128, 3) == (2, 4, 1)
+  assert tpu_operands.grid((11008, 4096), 128, 4) == (2, 4, 2)
+  assert tpu_operands.grid((28672, 8192), 128, 3) == (2, 8, 7)
 
 
 @settings(max_examples=6, deadline=None)
@@ -123,12 +145,13 @@ def test_an_outlier_costs_precision_in_its_block_only():
 
 
 @pytest.mark.parametrize("value", (np.nan, np.inf))
-def test_what_is_not_finite_stays_in_its_row(value):
+@pytest.mark.parametrize("rows, dtype", [(2, np.float32), (33, jnp.bfloat16)])
+def test_what_is_not_finite_stays_in_its_row(rows, dtype, value):
   packed, _ = weights(4, True, 128, 128, 128)
-  x = np.ones((2, 128), np.float32)
+  x = np.ones((rows, 128), np.float32)
   x[1, 3] = value
-  y = np.asarray(in_interpreter(jnp.asarray(x), packed, 4))
-  assert np.isfinite(y[0]).all() and not np.isfinite(y[1]).any()
+  y = np.asarray(in_interpreter(jnp.asarray(x, dtype), packed, 4), np.float32)
+  assert np.isfinite(np.delete(y, 1, axis=0)).all() and not np.isfinite(y[1]).any()
 
 
 def test_zeros_give_zeros():
@@ -184,7 +207,8 @@ def test_compiles_for_tpu(slice_name):
   for bits, rows, inputs, columns, groups in [
     (4, 1, 11008, 4096, (86, 4096)), (2, 16, 4096, 11008, (32, 11008)),
     (8, 33, 4096, 4096, (1, 4096)), (3, 8, 1024, 512, (8, 512)), (4, 4, 512, 512, (16, 512)),
-    (3, 20, 512, 512, (8, 512)), (4, 4, 512, 1024, (512, 4)),
+    (3, 20, 512, 512, (8, 512)), (4, 4, 512, 1024, (512, 4)), (4, 40, 11008, 512, (86, 512)),
+    (2, 64, 4096, 512, (32, 512)), (3, 64, 512, 512, (4, 512)),
   ]:  # fmt: skip
     codes = jax.eval_shape(
       lambda codes, bits=bits: pack(codes, bits, signed=False),
