@@ -61,7 +61,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.salient_fractions = (0.03,)
     config.salient_scales = (1.0, 2.0)
     config.matrix_draws = 1
-    config.sample_sizes = (2, 8)
+    config.sample_sizes = (8,)
     config.sample_draws = 1
   if preset == "paper":
     config.model = "meta-llama/Llama-2-7b-hf"

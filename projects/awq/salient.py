@@ -58,7 +58,7 @@ def keep_salient(
 
   def mixed_precision(kernel, inputs, key):
     salient = salient_channels(channel_scores(kernel, inputs, criterion, key), fraction)
-    return jnp.where(salient[:, None], kernel, rtn.fake_quantize(kernel, format))
+    return jnp.where(salient[:, None], kernel, _fake_quantize(kernel, format))
 
   return _map_kernels(block, x, context, mixed_precision, key)
 
@@ -76,7 +76,7 @@ def scale_salient(
 
   def scaled(kernel, inputs, _):
     salient = salient_channels(activation_statistic(inputs), fraction)
-    return scaled_fake_quantize(kernel, jnp.where(salient, scale, 1.0), format)
+    return _scaled_fake_quantize(kernel, jnp.where(salient, scale, 1.0), format)
 
   return _map_kernels(block, x, context, scaled, jax.random.key(0))
 
@@ -88,3 +88,7 @@ def _map_kernels(block: Block, x: Array, context: AttentionContext, change, key:
   block = nnx.clone(block)
   set_kernels(block, {p: change(w, inputs[p], k) for (p, w), k in zip(kernels.items(), keys)})
   return block
+
+
+_fake_quantize = jax.jit(rtn.fake_quantize, static_argnums=1)
+_scaled_fake_quantize = jax.jit(scaled_fake_quantize, static_argnums=2)

@@ -1,6 +1,5 @@
 """AdaDim: vectors of the official code, invariants, bad input, and the tiny run."""
 
-import dataclasses
 import pathlib
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from flax import nnx
 
 from common.errors import UserError
+from common.models.base import base_model
 from common.models.outliers import inject_outliers
 from common.quantization import rtn
 from common.quantization.calibration import block_inputs, quantize_blocks
@@ -19,29 +19,45 @@ from common.quantization.quantized_array import IntegerFormat
 from projects.adadim import adadim, config, experiment, methods, sensitivity, tasks
 from projects.adadim.adadim import PER_IC, PER_OC, AdaDimSettings, along
 from projects.adadim.gptq_per_ic import gptq_per_ic
-from tests.common.models.small_decoders import (
-  ARCHITECTURES,
-  logits,
-  random_decoder,
-  random_tokens,
-)
+from tests.common.models.small_decoders import ARCHITECTURES, logits, random_decoder
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "adadim" / "rtn_and_gptq_axes.npz"
-FORMAT = IntegerFormat(3, 16, scale_dtype=jnp.float16)
+TINY = config.get_config("tiny")
+# Of the tests of one layer, and of the tests on the tiny preset's model.
+FORMAT = IntegerFormat(3, 16)
+BLOCK_FORMAT = IntegerFormat(3, 32, scale_dtype=jnp.float16)
 IC3 = IntegerFormat(3, 16, PER_IC)
 fake_quantize = jax.jit(rtn.fake_quantize, static_argnums=1)
 quantize = jax.jit(rtn.quantize, static_argnums=1)
 axis_candidates = jax.jit(adadim.axis_candidates, static_argnums=1)
 
 
+@nnx.jit
+def run_module(module, x):
+  return module(x)
+
+
+@nnx.jit
+def run_attention(module, x, context):
+  return module(x, context)[0]
+
+
+# The tiny preset's model, tokens and formats: the tests share its compiled programs.
 @pytest.fixture(scope="module")
-def model():
-  return random_decoder(ARCHITECTURES["llama"])
+def base():
+  return base_model(TINY.model)
 
 
 @pytest.fixture(scope="module")
-def tokens(model):
-  return jnp.asarray(random_tokens(model.config, 4, 16))
+def model(base):
+  return base.model
+
+
+@pytest.fixture(scope="module")
+def tokens(base):
+  return methods.calibration(TINY, base, TINY.calibration, 0)
 
 
 @pytest.fixture(scope="module")
@@ -104,28 +120,29 @@ def test_axis_errors_by_brute_force(reference, model, stem):
   """Of the whole attention for q, k, v, of the MLP for gate and up; and the chosen axes."""
   block, (x, context) = model.blocks[0], stem
   inputs, kernels = block_inputs(block, x, context), get_kernels(block)
-  errors = adadim.axis_errors(block, x, context, FORMAT, reference=reference)
+  errors = adadim.axis_errors(block, x, context, BLOCK_FORMAT, reference=reference)
   axes = adadim.choose_axes(errors)
   siblings = {}
 
   def output(changed, path):
     name = adadim.INSPECTED_MODULE.get(path, path)
     module = adadim.get_module(replaced(block, changed), name)
-    y = module(inputs[path], context)[0] if name == "attention" else module(inputs[path])
+    x = inputs[path]
+    y = run_attention(module, x, context) if name == "attention" else run_module(module, x)
     return np.asarray(y, np.float64)
 
   assert set(errors) == set(kernels)
   for path in adadim.module_order(kernels):
     target, expected = output(siblings, path), []
     for axis in (PER_OC, PER_IC):
-      candidate = fake_quantize(kernels[path], along(FORMAT, axis))
+      candidate = fake_quantize(kernels[path], along(BLOCK_FORMAT, axis))
       new = output(siblings | {path: candidate}, path)
       expected.append(np.mean((new - target) ** 2))
     # Float32 sums in another order; a weight on a tie may take the other of two codes.
     np.testing.assert_allclose(errors[path], expected, rtol=2e-3, err_msg=path)
     assert axes[path] == int(expected[1] < expected[0])
     if reference == "code":
-      siblings[path] = fake_quantize(kernels[path], along(FORMAT, axes[path]))
+      siblings[path] = fake_quantize(kernels[path], along(BLOCK_FORMAT, axes[path]))
   assert len(set(axes.values())) == 2  # The test sees either outcome.
 
 
@@ -136,18 +153,18 @@ def test_equal_errors_choose_per_oc():
 
 def test_padding_does_not_count(model, tokens):
   """Samples with padding behind: its tokens change nothing, nor does it dilute the mean."""
-  segments = jnp.ones_like(tokens).at[:, 12:].set(0)
+  segments = jnp.ones_like(tokens).at[:, 48:].set(0)
   errors = [
     adadim.axis_errors(
-      model.blocks[0], *model.stem(tokens.at[:, 12:].set(padding), segments), FORMAT
+      model.blocks[0], *model.stem(tokens.at[:, 48:].set(padding), segments), BLOCK_FORMAT
     )
     for padding in (3, 7)
   ]
   x, context = model.stem(tokens, segments)
-  features = np.asarray(block_inputs(model.blocks[0], x, context)["mlp.down_proj"])[:, :12]
+  features = np.asarray(block_inputs(model.blocks[0], x, context)["mlp.down_proj"])[:, :48]
   kernel = model.blocks[0].mlp.down_proj.kernel[...]
   for axis in (PER_OC, PER_IC):
-    change = np.asarray(fake_quantize(kernel, along(FORMAT, axis)) - kernel)
+    change = np.asarray(fake_quantize(kernel, along(BLOCK_FORMAT, axis)) - kernel)
     expected = np.mean((features @ change) ** 2)
     np.testing.assert_allclose(errors[0]["mlp.down_proj"][axis], expected, rtol=1e-3)
   for path in errors[0]:
@@ -157,8 +174,8 @@ def test_padding_does_not_count(model, tokens):
 def test_outlier_channels_choose_per_ic(model, tokens, stem):
   outliers = inject_outliers(model, jax.random.key(0), fraction=0.06, gain=50.0)
   x, context = outliers.stem(tokens)
-  errors = adadim.axis_errors(outliers.blocks[0], x, context, FORMAT)
-  plain = adadim.axis_errors(model.blocks[0], *stem, FORMAT)
+  errors = adadim.axis_errors(outliers.blocks[0], x, context, BLOCK_FORMAT)
+  plain = adadim.axis_errors(model.blocks[0], *stem, BLOCK_FORMAT)
   for path in adadim.INSPECTED_MODULE:
     assert errors[path][PER_IC] < 0.5 * errors[path][PER_OC], path
     assert errors[path][PER_IC] / errors[path][PER_OC] < plain[path][PER_IC] / plain[path][PER_OC]
@@ -243,7 +260,8 @@ def test_dead_channels_are_zero(layer):
 
 def test_streamed_blocks_are_those_of_the_model(model, tokens):
   """`quantize_block` one block at a time; packed weights of both axes; the same as dequantized."""
-  settings = AdaDimSettings(FORMAT, algorithm="gptq")
+  model = methods.variant(TINY, "norm_outliers", model, 0)  # The tiny run packs it too.
+  settings = AdaDimSettings(BLOCK_FORMAT, algorithm="gptq")
   step = lambda i, block, x, context: adadim.quantize_block(block, x, context, settings)
   blocks = quantize_blocks(model, iter(model.blocks), tokens, step, stream=settings.stream)
   streamed = nnx.clone(model)
@@ -255,7 +273,7 @@ def test_streamed_blocks_are_those_of_the_model(model, tokens):
     np.testing.assert_array_equal(weight.dequantize(), kernel, err_msg=path)
   expected = logits(reference.model, tokens)
   np.testing.assert_allclose(logits(streamed, tokens), expected, atol=1e-4)
-  assert reference.bits_per_weight == pytest.approx(3 + 19 / 16)
+  assert reference.bits_per_weight == pytest.approx(3 + 19 / 32)
 
 
 def test_sensitivity_against_gradients(model, tokens):
@@ -279,14 +297,14 @@ def test_sensitivity_against_gradients(model, tokens):
   np.testing.assert_allclose(found.saliency_out, saliency.sum(axis=0), rtol=1e-3)
   np.testing.assert_allclose(found.fisher_in, fisher.sum(axis=1), rtol=1e-3)
   np.testing.assert_allclose(found.fisher_out, fisher.sum(axis=0), rtol=1e-3)
-  assert found.activation.shape == (64,)
+  assert found.activation.shape == (128,)
   assert float(sensitivity.top_share(jnp.array([1.0, 6.0, 2.0, 1.0]), 0.25)) == pytest.approx(0.6)
 
 
 def test_bad_input_is_named(model, tokens, stem):
   block, (x, context) = model.blocks[0], stem
-  settings = AdaDimSettings(FORMAT)
-  broken = replaced(block, {"mlp.up_proj": jnp.full((32, 64), jnp.nan)})
+  settings = AdaDimSettings(BLOCK_FORMAT)
+  broken = replaced(block, {"mlp.up_proj": jnp.full((64, 128), jnp.nan)})
   with pytest.raises(
     UserError, match="^mlp.up_proj.kernel: NaN or infinite values, expected finite"
   ):
@@ -301,10 +319,9 @@ def test_bad_input_is_named(model, tokens, stem):
     gptq_per_ic(jnp.ones((32, 64)), jnp.eye(32), IntegerFormat(3, 16, 0))
   # Grouped-query attention: k and v have 16 outputs.
   grouped = random_decoder(ARCHITECTURES["qwen2, grouped-query"])
-  wide = dataclasses.replace(FORMAT, group_size=32)
   with pytest.raises(UserError, match="k_proj: group_size=32 does not divide the output dimension"):
-    adadim.quantize(grouped, tokens, AdaDimSettings(wide))
-  adadim.check_sizes(grouped, AdaDimSettings(wide, axis="per_oc"))
+    adadim.quantize(grouped, tokens, AdaDimSettings(BLOCK_FORMAT))
+  adadim.check_sizes(grouped, AdaDimSettings(BLOCK_FORMAT, axis="per_oc"))
 
 
 def test_bad_configs_are_refused_before_any_work(tmp_path, monkeypatch):

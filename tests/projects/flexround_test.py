@@ -36,6 +36,8 @@ from projects.flexround.methods import Layer, Protocol, quantize_unit, run_layer
 from projects.flexround.scale_search import NORM, initial_scales
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "flexround"
 FORMATS = [
   IntegerFormat(3),
@@ -290,7 +292,7 @@ def test_activations_learn_their_step_and_are_frozen():
 
 def test_folding_batch_norms_changes_nothing():
   settings = MobileNetConfig(4, 2, (Stage(1, 4, 1, 1), Stage(2, 6, 1, 2)), 8, 1, ("a", "b"))
-  model = MobileNet(settings, rngs=nnx.Rngs(0))
+  model = nnx.jit(lambda: MobileNet(settings, rngs=nnx.Rngs(0)))()
   for i, (_, layer) in enumerate(nnx.iter_modules(model)):
     if isinstance(layer, nnx.BatchNorm):
       layer.mean[...] = 0.3 * weights(layer.mean.shape, i)

@@ -25,6 +25,8 @@ from projects.llm_fp4.llm_fp4 import FPQSettings
 from projects.llm_fp4.vision_experiment import vit_config
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "llm_fp4" / "layer_search.npz")
 METHODS = {
   "minmax": {"pre_shifted": False, "format_search": False, "max_search": False},
@@ -350,13 +352,11 @@ def test_a_saved_search_is_the_same_search(found, tmp_path):
 
 def test_encoder_and_vision_classifiers_have_their_heads_quantized():
   """And padding is not calibrated on: another token there changes nothing."""
-  encoder = Encoder(
-    EncoderConfig(
-      vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4,
-      max_position_embeddings=16, pooler=True, head="sequence", labels=("a", "b"),
-    ),
-    rngs=nnx.Rngs(0),
+  settings = EncoderConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4,
+    max_position_embeddings=16, pooler=True, head="sequence", labels=("a", "b"),
   )  # fmt: skip
+  encoder = nnx.jit(lambda: Encoder(settings, rngs=nnx.Rngs(0)))()
   tokens = jnp.asarray(random_tokens(encoder.config, 3, 16))
   segment_ids = jnp.ones_like(tokens).at[1, 10:].set(0)
   search = functools.partial(models.search_model, encoder, settings=SMALL, embedding_bits=4)
@@ -364,11 +364,11 @@ def test_encoder_and_vision_classifiers_have_their_heads_quantized():
   second = search(tokens.at[1, 12].set(5), segment_ids=segment_ids)
   assert {"pooler", "sequence_classifier"} < set(first.linears)
   jax.tree.map(np.testing.assert_array_equal, first, second)
-  vit = VisionTransformer(vit_config(32), rngs=nnx.Rngs(0))
+  vit = nnx.jit(lambda: VisionTransformer(vit_config(32), rngs=nnx.Rngs(0)))()
   images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
   quantized = models.fpq(vit, images, SMALL, embedding_bits=None)
   assert linear_paths(quantized) == [] and isinstance(quantized.classifier, FPQLinear)
-  assert np.isfinite(quantized(images).logits).all()
+  assert np.isfinite(nnx.jit(lambda model, x: model(x).logits)(quantized, images)).all()
 
 
 @pytest.mark.parametrize(

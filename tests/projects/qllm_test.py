@@ -27,8 +27,11 @@ from projects.qllm.methods import settings_of
 from projects.qllm.qllm import check_block, check_model, quantize, quantize_block, student_block
 from projects.qllm.settings import Settings, Tuning
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "qllm" / "channel_reassembly.npz"
 W4, A4 = IntegerFormat(4), ActivationFormat(4, include_zero=False)
+round_to_nearest = jax.jit(rtn.fake_quantize, static_argnums=1)
 # Small numbers of rounding to float32: sums of some dozen products of size 1 to 100.
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}
 
@@ -264,14 +267,14 @@ def test_student_starts_as_the_quantized_block_and_keep_keeps_it():
   moved = nnx.clone(student)
   weight = moved.attention.q_proj.layer.weight
   assert isinstance(weight, LowRankKernel)
-  np.testing.assert_array_equal(weight(), rtn.fake_quantize(weight.kernel[...], W4))
+  np.testing.assert_array_equal(weight(), round_to_nearest(weight.kernel[...], W4))
   weight.b[...] = jnp.full_like(weight.b[...], 0.1)
   kept = merge_correction(moved, "keep").attention.q_proj.layer
   np.testing.assert_allclose(kept.kernel[...], weight(), rtol=1e-6)
   merged = merge_correction(moved).attention.q_proj.layer.weight.get_value()
   w = weight.kernel[...] + weight.a[...] @ weight.b[...] / TINY.rank
   # A code may differ where a quotient is a tie.
-  assert np.mean(np.abs(merged.dequantize() - rtn.fake_quantize(w, W4)) > 1e-5) < 0.01
+  assert np.mean(np.abs(merged.dequantize() - round_to_nearest(w, W4)) > 1e-5) < 0.01
 
 
 def test_blocks_stream():
@@ -292,7 +295,7 @@ def test_omniquant_starts_near_rounding_and_clips():
   rounded = jax.jit(lambda w, logit: rtn.decode(*clipped_codes(w, logit, W4), W4))
   # A share of 1 does not clip.
   np.testing.assert_allclose(
-    rounded(w, jnp.full((2, 1, 8), 50.0)), rtn.fake_quantize(w, W4), atol=1e-5
+    rounded(w, jnp.full((2, 1, 8), 50.0)), round_to_nearest(w, W4), atol=1e-5
   )
   assert jnp.abs(rounded(w, jnp.zeros((2, 1, 8)))).max() < 0.6 * np.abs(w).max()
   _, _, x, context = tiny_student()

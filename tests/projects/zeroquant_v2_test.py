@@ -35,6 +35,8 @@ from projects.zeroquant_v2.zeroquant_v2 import (
 
 fake_quantize = jax.jit(fake_quantize_weight, static_argnums=(1, 2))
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "zeroquant_v2"
 # The tiny run's, so that its programs serve every test.
 TINY = config.get_config("tiny")
@@ -155,7 +157,7 @@ def test_distillation_without_steps_is_rounding_to_nearest(method, block, stem):
   settings = dataclasses.replace(SETTINGS, method=method, learning_rates=(0.0, 0.0))
   found = quantize_weights(0, block, *stem, jax.random.key(0), settings)
   for path, kernel in get_kernels(block).items():
-    np.testing.assert_array_equal(found[path].dequantize(), rtn.fake_quantize(kernel, FORMAT))
+    np.testing.assert_array_equal(found[path].dequantize(), fake_quantize(kernel, FORMAT))
 
 
 def test_distillation_keeps_the_best_rate_and_never_loses_to_rounding(block, stem):
