@@ -229,8 +229,8 @@ def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
   settings = _settings(recipe, tokenizer, seed)
   folder = cache_dir("base_models", fingerprint())
   path = folder / f"{name}-{seed}-{_digest(json.dumps(settings, sort_keys=True))[:12]}"
-  model = Decoder(recipe.config, rngs=nnx.Rngs(seed))
-  graphdef, params = nnx.split(model)
+  make = lambda: nnx.split(Decoder(recipe.config, rngs=nnx.Rngs(seed)))
+  graphdef, params = nnx.eval_shape(make)
   # Of several runs that need the model at once, one trains and the others wait. (The processes of
   # one distributed run train together.)
   lock = filelock.FileLock(folder / f".{path.name}.lock")
@@ -238,7 +238,7 @@ def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
     if not path.exists():
       print(f"pretraining the base model {name} once (seed {seed}): {path}", file=sys.stderr)
       workdir = folder / f"{path.name}.run"
-      trained = _pretrain(graphdef, params, recipe, tokenizer, seed, workdir)
+      trained = _pretrain(graphdef, make()[1], recipe, tokenizer, seed, workdir)
       losses = _validate(nnx.merge(graphdef, trained), tokenizer)
       metadata = {
         "recipe": settings,

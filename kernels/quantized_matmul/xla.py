@@ -1,5 +1,7 @@
 """Reference implementation in plain JAX: dequantize, then dot. The CPU path."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,7 @@ from kernels.quantized_matmul.packing import unpack
 Array = jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "rows", "dtype"))
 def dequantize(
   values: Array,
   scales: Array,
