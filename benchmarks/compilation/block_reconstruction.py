@@ -1,0 +1,82 @@
+"""One block of Llama-2-7B and 70B, reconstructed by each method that learns on one v5p chip or four of
+v5e: does it fit, and how long do all blocks take at least?
+
+  .venv/bin/python -m benchmarks.compilation.block_reconstruction
+  .venv/bin/python -m benchmarks.compilation.block_reconstruction --methods=qllm
+
+The step, all optimizer steps of a block or of a round of blocks, is among those that `./run.sh METHOD
+--config=:paper --compile_only=SLICE` compiles. No TPU is needed; a compilation takes a minute of two CPU
+cores. Nothing is timed: a step takes at least its multiplications at the chip's peak, and at least its
+memory traffic at full bandwidth. Exits with 1 if a step does not fit.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+
+from absl import flags
+from rich.console import Console
+
+from common import cli
+from common.compilation.compile_only import compile_step, table
+from common.compilation.topology import tpu_slice
+from common.models.llama_sizes import LLAMA_SIZES
+from common.reporting.report import environment
+
+# How the name of a method's step begins.
+STEPS = {
+  "flexround": "reconstruct",
+  "flatquant": "learn",
+  "qllm": "tune",
+  "zeroquant_v2": "ZQ-Global",
+}
+SMALL, LARGE = "meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-70b-hf"
+CASES = ((SMALL, "v5e:2x2"), (SMALL, "v5p:1x1x1"), (LARGE, "v5p:1x1x1"))
+
+_OUT = flags.DEFINE_string("out", "benchmarks/compilation/block_reconstruction.json", "result")
+_METHODS = flags.DEFINE_list("methods", list(STEPS), "which; the others' results stay")
+
+
+def main(_) -> int:
+  cli.prepare_jax(compile_only=True)
+  out = pathlib.Path(_OUT.value)
+  results = json.loads(out.read_text())["results"] if out.exists() else []
+  fits = True
+  for method in _METHODS.value:
+    for model, slice_name in CASES:
+      result = block_step(method, model, slice_name)
+      fits &= result["fits"]
+      case = ("method", "model", "slice")
+      results = [r for r in results if any(r[key] != result[key] for key in case)] + [result]
+      report = {"environment": environment(), "results": results}
+      out.write_text(json.dumps(report, indent=2) + "\n")
+  return 0 if fits else 1
+
+
+def block_step(method: str, model: str, slice_name: str) -> dict:
+  """Compiles a method's step for a slice."""
+  tpu = tpu_slice(slice_name)
+  config = importlib.import_module(f"projects.{method}.config").get_config("paper")
+  steps_of = importlib.import_module(f"projects.{method}.compile_steps").compile_steps
+  with config.unlocked():
+    config.model, config.models = model, (model,)
+  (step,) = (s for s in steps_of(config, tpu.devices) if s.name.startswith(STEPS[method]))
+  compiled = compile_step(step)
+  Console().print(method, model, table(compiled, tpu))
+  at_a_time = config.get("blocks_per_round", 1)
+  rounds = LLAMA_SIZES[model].num_layers / at_a_time
+  seconds = max(compiled.seconds(tpu.chip)) if compiled.cost else None
+  return dataclasses.asdict(compiled) | {
+    "method": method,
+    "model": model,
+    "slice": slice_name,
+    "fits": compiled.fits(tpu.chip),
+    "blocks_at_a_time": at_a_time,
+    "step_seconds_at_least": seconds,
+    "all_blocks_seconds_at_least": None if seconds is None else seconds * rounds,
+  }
+
+
+if __name__ == "__main__":
+  cli.run_app(main)
