@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.quantization.float_format import (
@@ -59,6 +59,7 @@ def test_codes_are_the_grid_in_order(format):
 
 
 @settings(max_examples=30, deadline=None)
+@example(FloatFormat(5, 0), -0.2, 1)
 @given(st.sampled_from(FORMATS), st.floats(-3, 5), st.integers(0, 2**16))
 def test_nearest_value_and_round_trip(format, bias, seed):
   largest = float(max_value(format, bias))
@@ -66,7 +67,8 @@ def test_nearest_value_and_round_trip(format, bias, seed):
   found = np.asarray(fake_quantize(x, format, bias), np.float64)
   values = np.concatenate([-grid(format, bias), grid(format, bias)])
   nearest = np.abs(np.asarray(x, np.float64)[:, None] - values).min(axis=1)
-  np.testing.assert_allclose(np.abs(x - found), nearest, rtol=1e-4, atol=1e-6 * largest)
+  # 2^e in float32: an exponent of 32 and more is rounded by up to 2e-6, and so is the value by 1.3e-6.
+  np.testing.assert_allclose(np.abs(x - found), nearest, rtol=1e-4, atol=4e-6 * largest)
   np.testing.assert_allclose(
     decode(encode(x, format, bias), format, bias), found, rtol=1e-5, atol=1e-6 * largest
   )
