@@ -37,7 +37,7 @@ def gaussian_nll(prediction: Prediction, y: Array) -> Array:
 
 
 def by_position(prediction: Prediction, bayes: Prediction, truth: Array, y: Array):
-  """The card of a predictor, averaged over prompts.
+  """The metrics of a predictor, averaged over prompts.
 
   Args:
     prediction, bayes: [prompts, T].
