@@ -33,11 +33,11 @@ from kernels.quantized_matmul.tpu_operands import (
   ROW_TILE,
   VMEM_BYTES,
   float32_dot,
-  grid,
   in_order_of_codes,
   largest_divisor,
   split_activations,
   unpacked_codes,
+  weights,
 )
 
 Array = jax.Array
@@ -105,38 +105,20 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
   x = jnp.pad(x.reshape(rows, inputs), ((0, of_rows - rows), (0, 0)))
   x = jnp.tile(x, (copies, 1))
   groups = inputs // group
-  scales = jnp.repeat(scales, groups // scales.shape[0], axis=0)
-  if scales.dtype == jnp.float16:
-    scales = scales.astype(jnp.float32)  # TPUs have no float16.
-  cores, per_core, blocks = grid((inputs, columns), max(group, LANES), bits)
-  block, block_columns = inputs // blocks, columns // per_core // cores
-  activation_block = largest_divisor(block, max(group, LANES), ACTIVATION_BLOCK)
-  # Each core splits the activations in its first columns, and does not read them again.
-  x_index = lambda c, n, k: (0, jnp.where(n == 0, k, blocks - 1))
-  of_columns = pl.BlockSpec((groups, block_columns), lambda c, n, k: (0, c * per_core + n))
-  arguments = [x, values, scales]
-  in_specs = [
-    pl.BlockSpec((padded, block), x_index),
-    pl.BlockSpec(
-      (len(values) * block // inputs, block_columns), lambda c, n, k: (k, c * per_core + n)
-    ),
-    of_columns,
-  ]
-  if zero_points is not None:
-    zero_points = jnp.repeat(zero_points, groups // len(zero_points), axis=0)
-    # Unsigned codes are read as signed ones, which are 2^(bits - 1) less.
-    arguments.append(zero_points.astype(jnp.int8) - 2 ** (bits - 1))
-    in_specs.append(of_columns)
+  sizes = {"bits": bits, "inputs": inputs, "group": group, "rows": padded, "out_rows": of_rows}
+  w = weights(values, scales, zero_points, **sizes)
+  blocks = w.grid[2]
+  activation_block = largest_divisor(w.block, max(group, LANES), ACTIVATION_BLOCK)
   out = pl.pallas_call(
     functools.partial(_kernel, bits=bits, group=group, activation_block=activation_block),
-    grid=(cores, per_core, blocks),
-    in_specs=in_specs,
-    out_specs=pl.BlockSpec((of_rows, block_columns), lambda c, n, k: (0, c * per_core + n)),
+    grid=w.grid,
+    in_specs=[w.activations, *w.specs],
+    out_specs=w.out,
     out_shape=jax.ShapeDtypeStruct((of_rows, columns), x.dtype),
     scratch_shapes=[
-      pltpu.VMEM((padded, block_columns), jnp.float32),
-      pltpu.VMEM((groups, block_columns), jnp.float32),
-      pltpu.VMEM((blocks, 2 * padded, block), jnp.int8),
+      pltpu.VMEM((padded, w.block_columns), jnp.float32),
+      pltpu.VMEM((groups, w.block_columns), jnp.float32),
+      pltpu.VMEM((blocks, 2 * padded, w.block), jnp.int8),
       pltpu.VMEM((inputs // activation_block, padded, LANES), jnp.float32),
       pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
     ],
@@ -144,7 +126,7 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
     ),
     name=f"quantized_matmul_w{bits}",
-  )(*arguments)
+  )(x, *w.arguments)
   return out[:rows].reshape(*leading, columns)
 
 

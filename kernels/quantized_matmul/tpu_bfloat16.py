@@ -19,9 +19,9 @@ from kernels.quantized_matmul.tpu_operands import (
   ROW_TILE,
   VMEM_BYTES,
   float32_dot,
-  grid,
   in_order_of_codes,
   unpacked_codes,
+  weights,
 )
 
 Array = jax.Array
@@ -48,44 +48,26 @@ def quantized_matmul(
   # Long groups are summed in parts.
   group = math.gcd(inputs // len(scales), ACTIVATION_BLOCK)
   groups = inputs // group
-  scales = jnp.repeat(scales, groups // len(scales), axis=0)
-  if scales.dtype == jnp.float16:
-    scales = scales.astype(jnp.float32)  # TPUs have no float16.
-  cores, per_core, blocks = grid((inputs, columns), group, bits)
-  block, block_columns = inputs // blocks, columns // per_core // cores
-  # Each core puts the activations in order in its first columns, and does not read them again.
-  x_index = lambda c, n, k: (0, jnp.where(n == 0, k, blocks - 1))
-  of_columns = pl.BlockSpec((groups, block_columns), lambda c, n, k: (0, c * per_core + n))
-  arguments = [x, values, scales]
-  in_specs = [
-    pl.BlockSpec((padded, block), x_index),
-    pl.BlockSpec(
-      (len(values) * block // inputs, block_columns), lambda c, n, k: (k, c * per_core + n)
-    ),
-    of_columns,
-  ]
-  if zero_points is not None:
-    zero_points = jnp.repeat(zero_points, groups // len(zero_points), axis=0)
-    # Unsigned codes are read as signed ones, which are 2^(bits - 1) less.
-    arguments.append(zero_points.astype(jnp.int8) - 2 ** (bits - 1))
-    in_specs.append(of_columns)
+  sizes = {"bits": bits, "inputs": inputs, "group": group, "rows": padded, "out_rows": padded}
+  w = weights(values, scales, zero_points, **sizes)
+  blocks = w.grid[2]
   out = pl.pallas_call(
     functools.partial(_kernel, bits=bits, group=group),
-    grid=(cores, per_core, blocks),
-    in_specs=in_specs,
-    out_specs=pl.BlockSpec((padded, block_columns), lambda c, n, k: (0, c * per_core + n)),
+    grid=w.grid,
+    in_specs=[w.activations, *w.specs],
+    out_specs=w.out,
     out_shape=jax.ShapeDtypeStruct((padded, columns), x.dtype),
     scratch_shapes=[
-      pltpu.VMEM((padded, block_columns), jnp.float32),
-      pltpu.VMEM((groups, block_columns), jnp.float32),
-      pltpu.VMEM((blocks, padded, block), jnp.bfloat16),
+      pltpu.VMEM((padded, w.block_columns), jnp.float32),
+      pltpu.VMEM((groups, w.block_columns), jnp.float32),
+      pltpu.VMEM((blocks, padded, w.block), jnp.bfloat16),
       pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
     ),
     name=f"quantized_matmul_w{bits}_bfloat16",
-  )(*arguments)
+  )(x, *w.arguments)
   return out[:rows].reshape(*leading, columns)
 
 

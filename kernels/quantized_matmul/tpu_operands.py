@@ -1,9 +1,11 @@
-"""What the weight-only products on TPU share: digits of x, unpacked codes, sizes of blocks."""
+"""What the weight-only products on TPU share: operands, digits of x, unpacked codes, sizes of blocks."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.quantized_matmul.packing import RUN_ROWS, WORD_ROWS
@@ -32,6 +34,26 @@ def largest_divisor(number: int, multiple_of: int, at_most: int) -> int:
   return max(found, default=multiple_of)
 
 
+class Weights(NamedTuple):
+  """Weights [inputs, columns] with scales along the input, as operands of a kernel.
+
+  Attributes:
+    grid: cores, blocks of columns of each and blocks of inputs.
+    block, block_columns: inputs and columns of a step.
+    arguments, specs: values, scales and, if there are any, zero points as signed codes.
+    activations, out: specs of all rows of x, which a core reads in its first columns and not again,
+      and of the result.
+  """
+
+  grid: tuple[int, int, int]
+  block: int
+  block_columns: int
+  arguments: list[Array]
+  specs: list[pl.BlockSpec]
+  activations: pl.BlockSpec
+  out: pl.BlockSpec
+
+
 def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
   """Cores, blocks of columns of each and blocks of inputs of weights [inputs, columns].
 
@@ -42,6 +64,54 @@ def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
   # The cores of a chip share the columns.
   cores = math.gcd(columns // block_columns, 2)
   return cores, columns // block_columns // cores, inputs // block_inputs(inputs, group, bits)
+
+
+def weights(
+  values: Array,
+  scales: Array,
+  zero_points: Array | None,
+  *,
+  bits: int,
+  inputs: int,
+  group: int,
+  rows: int,
+  out_rows: int,
+) -> Weights:
+  """Operands over `grid`.
+
+  Args:
+    values, scales, zero_points: as of `api.quantized_matmul`; scales [groups, columns].
+    group: inputs that are summed before they are scaled; divides the scales' groups.
+    rows, out_rows: of x and of the result.
+  """
+  columns, groups = values.shape[1], inputs // group
+  cores, per_core, blocks = grid((inputs, columns), max(group, LANES), bits)
+  block, block_columns = inputs // blocks, columns // per_core // cores
+  of_columns = lambda rows: pl.BlockSpec(
+    (rows, block_columns), lambda c, n, k: (0, c * per_core + n)
+  )
+  of_values = pl.BlockSpec(
+    (len(values) * block // inputs, block_columns), lambda c, n, k: (k, c * per_core + n)
+  )
+  scales = jnp.repeat(scales, groups // len(scales), axis=0)
+  if scales.dtype == jnp.float16:
+    scales = scales.astype(jnp.float32)  # TPUs have no float16.
+  arguments, specs = [values, scales], [of_values, of_columns(groups)]
+  if zero_points is not None:
+    zero_points = jnp.repeat(zero_points, groups // len(zero_points), axis=0)
+    # Unsigned codes are read as signed ones, which are 2^(bits - 1) less.
+    arguments.append(zero_points.astype(jnp.int8) - 2 ** (bits - 1))
+    specs.append(of_columns(groups))
+  activations = pl.BlockSpec((rows, block), lambda c, n, k: (0, jnp.where(n == 0, k, blocks - 1)))
+  return Weights(
+    (cores, per_core, blocks),
+    block,
+    block_columns,
+    arguments,
+    specs,
+    activations,
+    of_columns(out_rows),
+  )
 
 
 def float32_dot(a: Array, b: Array) -> Array:

@@ -80,7 +80,7 @@ def distillation_step(
     del key  # No dropout.
     log_p = log_probabilities(teacher_graphdef, teacher, batch)
     log_q = log_probabilities(graphdef, params, batch)
-    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    divergence = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
     is_text = batch["segment_ids"] > 0
     return jnp.sum(divergence, where=is_text), jnp.sum(is_text, dtype=jnp.float32)
 

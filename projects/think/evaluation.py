@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from common.decoding import pruned_cache, quantized_cache
@@ -195,7 +196,7 @@ def _cost(graphdef, state, prefill: Prefill, new: Array, scored: Array) -> Cost:
   log_p, log_q = (jax.nn.log_softmax(x[:, :-1]) for x in (prefill.logits, logits))
   targets = new[:, 1:]
   weights = scored[:-1] / jnp.sum(scored[:-1])
-  kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+  kl = optax.losses.kl_divergence_with_log_targets(log_q, log_p)
   nll = -jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]
   correct = jnp.argmax(log_q, axis=-1) == targets
   return Cost(kl @ weights, nll @ weights, correct @ weights)
