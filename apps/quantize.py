@@ -15,12 +15,15 @@ other results are in a layout of ours, which every command here reads.
   --activation_bits=16  of the linears' inputs, one scale per token; 16 leaves them alone.
                         For rtn, smoothquant, llm_fp4, zeroquant_v2, outlier_suppression_plus,
                         qllm and flatquant
+  --symmetric           weights and activations without zero points: at 4, 6 and 8 bits
+                        ./run.sh serve multiplies integers then (flatquant: always)
+  --kv_bits=16          of flatquant's keys and values, one scale per token and head
   --calibration=SOURCE  calibration text (default: embedded:prose; see common/data/sources.py)
   --num_samples=128     calibration sequences
   --seq_len=512         tokens in each
   --seed=42             of the calibration draw, of batches and of starts
   --search=FILE         AWQ's search result: read if the file exists, else searched and written
-  --steps=5000          FlexRound's and FlatQuant's per block
+  --steps=0             FlexRound's and FlatQuant's per block; 0 takes the papers', 5000 and 480
   --learning_rate=3e-3  FlexRound's
   --epochs=10           QLLM's per block
   --rank=8              of zeroquant_v2's compensation and qllm's correction; 0 leaves them out
@@ -41,12 +44,14 @@ _METHOD = flags.DEFINE_string("method", "awq", "method")
 _BITS = flags.DEFINE_integer("bits", 4, "of the weights")
 _GROUP_SIZE = flags.DEFINE_integer("group_size", 128, "weights that share a scale")
 _ACTIVATION_BITS = flags.DEFINE_integer("activation_bits", 16, "of the linears' inputs")
+_SYMMETRIC = flags.DEFINE_bool("symmetric", False, "no zero points")
+_KV_BITS = flags.DEFINE_integer("kv_bits", 16, "of keys and values")
 _CALIBRATION = flags.DEFINE_string("calibration", "embedded:prose", "calibration text")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 128, "calibration sequences", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens in each sequence", lower_bound=2)
 _SEED = flags.DEFINE_integer("seed", 42, "of the calibration draw, of batches and of starts")
 _SEARCH = flags.DEFINE_string("search", None, "AWQ's search result")
-_STEPS = flags.DEFINE_integer("steps", 5000, "FlexRound's and FlatQuant's", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 0, "FlexRound's and FlatQuant's", lower_bound=0)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 3e-3, "FlexRound's")
 _EPOCHS = flags.DEFINE_integer("epochs", 10, "QLLM's per block", lower_bound=1)
 _RANK = flags.DEFINE_integer("rank", 8, "ZeroQuant-V2's and QLLM's", lower_bound=0)
@@ -75,6 +80,8 @@ def main(argv: list[str]) -> None:
     bits=_BITS.value,
     group_size=_GROUP_SIZE.value,
     activation_bits=_ACTIVATION_BITS.value,
+    symmetric=_SYMMETRIC.value,
+    kv_bits=_KV_BITS.value,
     seed=_SEED.value,
     steps=_STEPS.value,
     learning_rate=_LEARNING_RATE.value,

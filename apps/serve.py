@@ -22,6 +22,8 @@ in a slot of one batch; prompts that wait are read packed, in one pass. Point an
   --key_pruning=0       share of the key cache's channels to drop (ThinK; the paper's is 0.4)
   --prompt_budget=0     tokens of a prompt that its cache keeps (SnapKV); 0 keeps all
   --max_new_tokens=0    of a text at most; 0: no limit, or half of --max_length with the two above
+  --integer_products    layers whose weights and inputs both have symmetric codes of 4, 6 or 8 bits
+                        multiply integers (default: where there is an accelerator)
   --packed_prefill      --nopacked_prefill reads every prompt in a row of its own
   --slots=8             requests that are decoded at the same time
   --max_length=1024     tokens of a prompt and its text together
@@ -63,6 +65,7 @@ _PROMPT_TOKENS = flags.DEFINE_string("prompt_tokens", None, "of parallel-prompt 
 _KEY_PRUNING = flags.DEFINE_float("key_pruning", 0, "share of channels", 0, 0.95)
 _PROMPT_BUDGET = flags.DEFINE_integer("prompt_budget", 0, "tokens kept", lower_bound=0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "of a text", lower_bound=0)
+_INTEGER_PRODUCTS = flags.DEFINE_bool("integer_products", None, "of quantized inputs")
 _PACKED_PREFILL = flags.DEFINE_bool("packed_prefill", True, "prompts share rows")
 _SLOTS = flags.DEFINE_integer("slots", 8, "requests at the same time", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "tokens of a text", lower_bound=2)
@@ -106,6 +109,8 @@ def main(argv: list[str]) -> None:
   listener = _listen(_HOST.value, _PORT.value)
   model = base_model(_MODEL.value)
   draft = base_model(_DRAFT.value) if _DRAFT.value else None
+  for loaded in (model,) if draft is None else (model, draft):
+    _use_integer_products(loaded.model)
   if draft is not None and draft.tokenizer.get_vocab() != model.tokenizer.get_vocab():
     raise UserError(f"--draft={_DRAFT.value} has another tokenizer than --model={_MODEL.value}")
   prompts = {}
@@ -158,6 +163,22 @@ def _use_few_arenas() -> None:
   if mallopt is not None:
     arena_max = -8  # Name of malloc.h.
     mallopt(arena_max, 2)
+
+
+def _use_integer_products(model) -> None:
+  """In the model's blocks, as the flag says, in place."""
+  import jax
+
+  from common.quantization.activations import integer_linears
+  from common.quantization.online_transforms import integer_transformed_linears
+
+  wanted = _INTEGER_PRODUCTS.value
+  if wanted is None:
+    # XLA's integer products on a CPU are slower than those of floating point.
+    wanted = jax.default_backend() != "cpu"
+  for block in model.blocks if wanted else ():
+    integer_transformed_linears(block)
+    integer_linears(block)
 
 
 def _compression():

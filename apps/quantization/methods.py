@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,8 +28,13 @@ class Options:
     bits: of the weights.
     group_size: weights that share a scale; -1 for a scale per output channel.
     activation_bits: of the inputs of linears, each token with a scale of its own; 16 leaves them.
+    symmetric: weights and activations have no zero points, as integer products need it. (FlatQuant
+      has none anyway.)
+    kv_bits: of FlatQuant's keys and values, each token and head with a scale of its own; 16 leaves
+      them.
     seed: of batches and starts.
-    steps, learning_rate: per block, of methods that learn.
+    steps: per block, of methods that learn; 0 takes the paper's.
+    learning_rate: FlexRound's.
     epochs: over the calibration samples, per block, of methods that count in them.
     rank: of ZeroQuant-V2's low-rank compensation and of QLLM's correction; 0 leaves it out.
     vector_length: VPTQ's, outputs per vector; 0 takes the paper's for the bits.
@@ -38,8 +44,10 @@ class Options:
   bits: int = 4
   group_size: int = 128
   activation_bits: int = 16
+  symmetric: bool = False
+  kv_bits: int = 16
   seed: int = 42
-  steps: int = 5000
+  steps: int = 0
   learning_rate: float = 3e-3
   epochs: int = 10
   rank: int = 8
@@ -48,11 +56,15 @@ class Options:
 
   @property
   def weights(self) -> IntegerFormat:
-    return IntegerFormat(self.bits, self.group_size, scale_dtype=jnp.float16)
+    return IntegerFormat(
+      self.bits, self.group_size, symmetric=self.symmetric, scale_dtype=jnp.float16
+    )
 
   @property
   def activations(self) -> ActivationFormat | None:
-    return None if self.activation_bits == 16 else ActivationFormat(self.activation_bits)
+    if self.activation_bits == 16:
+      return None
+    return ActivationFormat(self.activation_bits, symmetric=self.symmetric)
 
 
 class Method(NamedTuple):
@@ -86,6 +98,8 @@ def make_method(name: str, config: DecoderConfig, options: Options) -> Method:
       f"{name} quantizes weights only, got activation_bits={options.activation_bits}; use 16, or one "
       f"of {others}"
     )
+  if options.kv_bits != 16 and name != "flatquant":
+    raise UserError(f"kv_bits={options.kv_bits} belongs to flatquant, not {name}; use 16")
   method = METHODS[name](config, options)
   return method._replace(plain=method.plain and autoawq.holds(config, options.weights))
 
@@ -128,21 +142,22 @@ def awq(config: DecoderConfig, options: Options) -> Method:
         f"{path} is the search result of {len(found)} blocks with {settings.format}, not of "
         f"{config.num_layers} with {options.weights}; use its bits and group size, or another file"
       )
-  searches = []
+  # A block's search is kept at once: after a kill only the other blocks come here again.
+  parts = path and path.with_name(f"{path.name}.partial")
+  part = lambda index: parts / f"block-{index:05d}.safetensors"
 
   def block(index, block, x, context):
     search = found[index] if found else search_block(block, x, context, config, settings)
-    searches.append(search)
+    if path and not found:
+      _make_directory(parts)
+      search_result.save(part(index), [search], settings)
     return quantize_block(block, search, config, options.weights)
 
   def finish():
     if path and not found:
-      if len(searches) != config.num_layers:
-        raise UserError(
-          f"{path} is not written: the run was resumed after {config.num_layers - len(searches)} "
-          "blocks, whose search is gone; the checkpoint is complete"
-        )
+      searches = [search_result.load(part(i))[0][0] for i in range(config.num_layers)]
       search_result.save(path, searches, settings)
+      shutil.rmtree(parts)
 
   # Where no operation before down_proj takes its scale, the activation does.
   plain = config.gated_mlp or config.activation == "relu"
@@ -154,11 +169,12 @@ def flexround(config: DecoderConfig, options: Options) -> Method:
   from projects.flexround.flexround import FlexRoundSettings, make_optimizer, quantize_block
 
   del config
+  steps = options.steps or 5000
   block = functools.partial(
     quantize_block,
     settings=FlexRoundSettings(options.weights, start="min_max"),
-    reconstruction=ReconstructionSettings(options.steps, batch_size=2),
-    optimizer=make_optimizer(options.learning_rate, options.steps),
+    reconstruction=ReconstructionSettings(steps, batch_size=2),
+    optimizer=make_optimizer(options.learning_rate, steps),
     key=jax.random.key(options.seed),
   )
   return Method(block, "both", True)
@@ -192,7 +208,10 @@ def vptq(config: DecoderConfig, options: Options) -> Method:
 
 
 def llm_fp4(config: DecoderConfig, options: Options) -> Method:
-  """LLM-FP4 (Liu et al. 2023): weights and activations in floating point of 4, 6 or 8 bits."""
+  """LLM-FP4 (Liu et al. 2023): weights and activations in floating point of 4, 6 or 8 bits.
+
+  Of the blocks; embeddings and the output head, which the paper rounds too, stay as they are.
+  """
   from projects.llm_fp4.llm_fp4 import FPQSettings
   from projects.llm_fp4.models import quantize_block
 
@@ -224,7 +243,9 @@ def outlier_suppression_plus(config: DecoderConfig, options: Options) -> Method:
       "outlier_suppression_plus scales activations for their quantization; activation_bits must be "
       "below 16"
     )
-  settings = Settings(options.weights, options.activations)
+  # The paper's ends of the search: activations behind RMSNorm are smaller.
+  lower_bound = 0.1 if config.norm == "rms" else 1.0
+  settings = Settings(options.weights, options.activations, lower_bound=lower_bound)
   return Method(
     functools.partial(quantize_block, config=config, settings=settings), "quantized", False
   )
@@ -252,16 +273,16 @@ def flatquant(config: DecoderConfig, options: Options) -> Method:
   from projects.flatquant.flat_block import FlatQuantSettings
   from projects.flatquant.flatquant import check_block, make_optimizer, quantize_block
 
-  activations = options.activations
-  if activations is not None:
-    activations = dataclasses.replace(activations, symmetric=True)
-  settings = FlatQuantSettings(options.weights, activations)
+  options = dataclasses.replace(options, symmetric=True)
+  cached = None if options.kv_bits == 16 else ActivationFormat(options.kv_bits)
+  settings = FlatQuantSettings(options.weights, options.activations, keys=cached, values=cached)
   check_block(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))), settings)
+  steps = options.steps or 480  # 15 epochs of 128 samples.
   block = functools.partial(
     quantize_block,
     settings=settings,
-    reconstruction=ReconstructionSettings(options.steps, batch_size=4),
-    optimizer=make_optimizer(5e-3, options.steps),
+    reconstruction=ReconstructionSettings(steps, batch_size=4),
+    optimizer=make_optimizer(5e-3, steps),
     key=jax.random.key(options.seed),
   )
   return Method(block, "full_precision", False)
@@ -282,6 +303,13 @@ METHODS = {
   "flatquant": flatquant,
 }
 WEIGHT_ONLY = {"gptq", "awq", "flexround", "adadim", "vptq"}
+
+
+def _make_directory(path: pathlib.Path) -> None:
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"cannot write to {path}: {e.strerror}") from None
 
 
 def _with_rounded_inputs(quantize_block, options: Options) -> calibration.QuantizeBlock:

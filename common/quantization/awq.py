@@ -23,7 +23,12 @@ from common.errors import UserError
 from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig
 from common.models.surgery import get_module
 from common.quantization import rtn
-from common.quantization.calibration import block_inputs, quantize_model, rtn_block
+from common.quantization.calibration import (
+  block_inputs,
+  check_finite,
+  quantize_model,
+  rtn_block,
+)
 from common.quantization.equivalent import ScalingGroup, fold_scale, scaling_groups
 from common.quantization.linear import get_kernels, set_kernels
 from common.quantization.quantized_array import IntegerFormat
@@ -178,7 +183,11 @@ def search_block(
     context: of one row; it serves every sample.
     config: the decoder's.
     settings: what to search.
+
+  Raises:
+    UserError: a weight or an input is NaN or infinite (it is named).
   """
+  check_finite(block, x)
   inputs = block_inputs(block, x, context)
   graphdef, state = nnx.split(block)
   groups = scaling_groups(config)

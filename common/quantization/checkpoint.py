@@ -14,11 +14,12 @@ from flax import nnx
 
 from common.checkpoints.huggingface import Checkpoint
 from common.checkpoints.shards import CheckpointWriter, check_target, open_file, save_tensors
+from common.checkpoints.tensors import to_hf
 from common.errors import UserError
 from common.models.decoder import Block, DecoderConfig
 from common.models.surgery import get_module, linear_paths
 from common.quantization import autoawq, packed_layout
-from common.quantization.calibration import QuantizeBlock, quantize_blocks
+from common.quantization.calibration import QuantizeBlock, Streams, check_finite, quantize_blocks
 from common.quantization.linear import quantized_weights
 from common.quantization.quantized_array import IntegerFormat
 
@@ -56,8 +57,8 @@ def quantize_checkpoint(
 
   Raises:
     UserError: `source` is not a decoder or is quantized already, `out` exists or cannot be
-      written, another run was left unfinished there, or the layout cannot hold the format or the
-      model.
+      written, another run was left unfinished there, the layout cannot hold the format or the
+      model, or a weight or calibration activation is not finite (it is named).
     ValueError: `quantize_block` packs weights in another format.
   """
   source.require_decoder()
@@ -69,12 +70,14 @@ def quantize_checkpoint(
   out = pathlib.Path(out).expanduser()
   check_target(out, overwrite)
   outer = source.load_outer()
-  outer_tensors = autoawq.to_tensors(outer, source.config)
+  outer_tensors = (to_hf if format is None else autoawq.to_tensors)(outer, source.config)
   partial = _open_partial(out, _fingerprint(source, tokens, settings, stream), overwrite)
 
   def resume(index: int, block: Block, x, context) -> Block:
     file = _block_file(partial, index)
     if not file.exists():
+      for inputs in x if isinstance(x, Streams) else (x,):
+        check_finite(block, inputs)
       quantized = quantize_block(index, block, x, context)
       if format is not None:
         _check_autoawq(index, quantized, source.config, format)

@@ -37,6 +37,7 @@ from common.quantization.online_transforms import (
 )
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
 from common.quantization.reassembly import ReassembledInput
+from common.quantization.shift_and_scale import ShiftScale
 from common.quantization.vector_quantized import VectorQuantizedArray, VectorQuantizedLinear
 
 QUANT_METHOD = "flaxworks"
@@ -53,6 +54,7 @@ LAYERS = {
     QuantizedLinear,
     ReassembledInput,
     ScaledActivation,
+    ShiftScale,
     TransformedAttention,
     TransformedMLP,
     TransformedNorm,

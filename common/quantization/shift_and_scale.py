@@ -45,6 +45,25 @@ MIN_CANDIDATES, LARGEST_STEP = 100, 0.5
 TIE_BREAK = 1 - 2.0**-20
 
 
+class ShiftScale(nnx.Module):
+  """x~ = (x - z) / s, and back, where no norm can take them.
+
+  Attributes:
+    shift, scale: z and s, [in].
+  """
+
+  def __init__(self, shift: Array, scale: Array):
+    self.shift, self.scale = nnx.Param(shift), nnx.Param(scale)
+
+  def __call__(self, x: Array) -> Array:
+    """x: [..., in] -> x~ in x's dtype."""
+    return ((x - self.shift[...]) / self.scale[...]).astype(x.dtype)
+
+  def undo(self, x: Array) -> Array:
+    """x~: [..., in] -> x in x~'s dtype."""
+    return (x * self.scale[...] + self.shift[...]).astype(x.dtype)
+
+
 class ScaleSearch(NamedTuple):
   """The best threshold.
 

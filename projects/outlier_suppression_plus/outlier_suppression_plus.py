@@ -51,7 +51,7 @@ from projects.outlier_suppression_plus.observation import (
   repeat_real_tokens,
   stage_inputs,
 )
-from projects.outlier_suppression_plus.post_norm import PostNormBlock, fold_inputs
+from projects.outlier_suppression_plus.post_norm import PostNormBlock, fold_inputs, plain_block
 from projects.outlier_suppression_plus.sites import (
   ShiftAndScale,
   add_to_biases,
@@ -138,7 +138,10 @@ def quantize_block(
   Args: as of `calibrate_block`; `index` is not used.
   """
   del index
-  return calibrate_block(block, x, context, config, settings, input_gain)[0]
+  quantized = calibrate_block(block, x, context, config, settings, input_gain)[0]
+  if isinstance(quantized, PostNormBlock):
+    return plain_block(quantized, block)
+  return quantized
 
 
 def calibrate_block(

@@ -2,7 +2,8 @@
 
 There a norm's output is read by linears and by the residual branch. If the norm takes the shift and
 the scale, the residual branch has to undo them: x = x~ s + z (Appendix of the paper; its code has an
-identity module with a scale and a bias in that place).
+identity module with a scale and a bias in that place). `plain_block` is the form of a checkpoint of
+quantized blocks: the norms are as they were, and the linears make x~.
 """
 
 import jax
@@ -11,22 +12,11 @@ from flax import nnx
 
 from common.models.decoder import AttentionContext, Block, Decoder
 from common.models.encoder import Encoder
+from common.models.surgery import get_module, replace_module
+from common.quantization.calibration import GPTQ_STAGES
+from common.quantization.shift_and_scale import ShiftScale
 
 Array = jax.Array
-
-
-class ShiftScale(nnx.Module):
-  """x~ = (x - z) / s, and back."""
-
-  def __init__(self, dim: int):
-    self.shift = nnx.Param(jnp.zeros(dim))
-    self.scale = nnx.Param(jnp.ones(dim))
-
-  def __call__(self, x: Array) -> Array:
-    return ((x - self.shift[...]) / self.scale[...]).astype(x.dtype)
-
-  def undo(self, x: Array) -> Array:
-    return (x * self.scale[...] + self.shift[...]).astype(x.dtype)
 
 
 class PostNormBlock(nnx.Module):
@@ -42,7 +32,9 @@ class PostNormBlock(nnx.Module):
     dim = block.attention_norm.num_features
     self.attention, self.attention_norm = block.attention, block.attention_norm
     self.mlp, self.mlp_norm = block.mlp, block.mlp_norm
-    self.attention_input, self.mlp_input = ShiftScale(dim), ShiftScale(dim)
+    self.attention_input, self.mlp_input = (
+      ShiftScale(jnp.zeros(dim), jnp.ones(dim)) for _ in range(2)
+    )
     self.input_folded = False
 
   def __call__(self, x: Array, context: AttentionContext, kv=None):
@@ -54,6 +46,22 @@ class PostNormBlock(nnx.Module):
     attended, kv = self.attention(scaled, context, kv)
     scaled = self.attention_norm(x + attended)
     return self.mlp_norm(self.mlp_input.undo(scaled) + self.mlp(scaled)), kv
+
+
+def plain_block(block: PostNormBlock, original: Block) -> Block:
+  """The same function as a post-norm `Block`, whose linears make their x~ from what they read.
+
+  Args:
+    block: its input not folded; its attention and MLP are taken over.
+    original: has the norms as they were before they took a shift and a scale; not modified.
+  """
+  plain = nnx.clone(original)
+  plain.attention, plain.mlp = block.attention, block.mlp
+  for made, paths in ((block.attention_input, GPTQ_STAGES[0]), (block.mlp_input, ("mlp.up_proj",))):
+    for path in paths:
+      before = ShiftScale(made.shift[...], made.scale[...])
+      replace_module(plain, path, nnx.Sequential(before, get_module(plain, path)))
+  return plain
 
 
 def fold_inputs(model: Decoder | Encoder) -> None:

@@ -20,6 +20,7 @@ from common.quantization.activations import (
   fake_quantize,
   integer_linears,
   min_max_range,
+  no_integer_product,
   quantize_inputs,
   range_to_scale,
   static_range,
@@ -190,6 +191,12 @@ def test_formats_that_do_not_exist(arguments, message):
 def test_what_does_not_fit_is_named():
   with pytest.raises(UserError, match="group_size=3 does not divide 8 channels"):
     fake_quantize(jnp.ones((2, 8)), ActivationFormat(4, group_size=3))
-  block, _ = quantized_block(ActivationFormat(4))
-  with pytest.raises(UserError, match="attention.k_proj has no integer product: .* asymmetric per"):
-    integer_linears(block)
+
+
+def test_what_has_no_integer_product_stays_as_it_is():
+  block, paths = quantized_block(ActivationFormat(4))
+  layer = get_module(block, paths[0])
+  reason = no_integer_product(layer.layer.weight.get_value(), layer.format)
+  assert "asymmetric per token" in reason
+  integer_linears(block)
+  assert all(isinstance(get_module(block, path), QuantizedInput) for path in paths)
