@@ -54,7 +54,7 @@ def stored(weights, factors) -> float:
 def sweep_ranks(config, bases, evaluation: Evaluation, bits: int, full, workdir, report) -> None:
   """Loss against the rank, and against 8-bit factors at the config's rank."""
   ranks = sorted({0, config.rank, *config.ranks})
-  losses, integer, rows, extra = {}, {}, [], {}
+  losses, integer, rows, extra, extra_bits = {}, {}, [], {}, {}
   for name, base in bases.items():
     weights = rounded(config, base, bits, -1)
     widest = factors_of(base.model, weights, ranks[-1], 16)
@@ -78,6 +78,7 @@ def sweep_ranks(config, bases, evaluation: Evaluation, bits: int, full, workdir,
         extra[name] = (rows[-1][-1] - stored(weights, [])) / 16
     factors = factors_of(base.model, weights, config.rank, 8)
     integer[name] = evaluation.losses(dense_model(base.model, weights, factors))
+    extra_bits[name] = stored(weights, factors) / stored(weights, []) - 1
     rows.append(
       [
         name,
@@ -105,7 +106,8 @@ def sweep_ranks(config, bases, evaluation: Evaluation, bits: int, full, workdir,
       note="A scale per output channel. Change: nats per token, paired over windows.",
     )
   )
-  report.claims.extend(rank_claims(config, bits, list(bases), ranks, losses, integer, full, extra))
+  report.claims.extend(rank_claims(config, bits, list(bases), ranks, losses, integer, full))
+  report.claims.extend(size_claims(config, bits, extra, extra_bits))
   file = f"rank_w{bits}.png"
   excess = lambda name, rank: nats(losses[name, rank]) - nats(full[name])
   plots.line_plot(
@@ -118,7 +120,7 @@ def sweep_ranks(config, bases, evaluation: Evaluation, bits: int, full, workdir,
   report.figures.append(Figure(f"Loss against LoRC's rank, W{bits}A16", file))
 
 
-def rank_claims(config, bits, names, ranks, losses, integer, full, extra) -> list[Claim]:
+def rank_claims(config, bits, names, ranks, losses, integer, full) -> list[Claim]:
   """What section 5 says of the rank; a measurement per model."""
   setting, rank = f"RTN W{bits}A16", config.rank
   mean = lambda r: np.mean([nats(losses[name, r]) for name in names])
@@ -155,11 +157,24 @@ def rank_claims(config, bits, names, ranks, losses, integer, full, extra) -> lis
         0.75,
       )
     )
+  return claims
+
+
+def size_claims(config, bits, extra, extra_bits) -> list[Claim]:
+  """What LoRC adds to the storage; the dictionaries are shares by model."""
+  claims = [
+    Claim.less(
+      f"rank {config.rank} in 8-bit factors adds less than 10 % of the bits (RTN W{bits}A16, the "
+      "largest model, share)",
+      [min(extra_bits.values())],
+      0.1,
+    )
+  ]
   # The same at all bits.
   if bits == config.rank_sweep_bits[0]:
     claims.append(
       Claim.less(
-        f"rank {rank} adds less than 10 % of the weights' values (the largest model, share)",
+        f"rank {config.rank} adds less than 10 % of the weights' values (the largest model, share)",
         [min(extra.values())],
         0.1,
       )

@@ -34,6 +34,8 @@ from projects.flatquant.flat_block import FlatQuantSettings
 from projects.flatquant.flatquant import initial_block, reparametrize
 from projects.flatquant.rotation import rotate_residual
 from projects.flatquant.transforms import hadamard
+from projects.llm_fp4 import models as fpq
+from projects.llm_fp4.llm_fp4 import FPQSettings
 from projects.outlier_suppression_plus import outlier_suppression_plus as osp
 from projects.outlier_suppression_plus.post_norm import PostNormBlock
 from projects.outlier_suppression_plus.sites import ShiftAndScale, sites, takes_shift
@@ -266,6 +268,35 @@ def test_a_rotated_residual_stream(name):
   rotated = rotate_residual(this.model, hadamard(this.model.config.hidden_size))
   check_changed(this, rotated, "mlp.gate_proj")
   check_same_function(this, rotated)
+
+
+FPQ = FPQSettings(8, 8, format_search=False, rounds=1, grid_size=2, tokens=8)
+
+
+@nnx.jit
+def run_linears(block, inputs):
+  return {path: get_module(block, path)(x) for path, x in inputs.items()}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_llm_fp4_s_channel_biases_in_the_weights(name):
+  """Codes whose exponents took the channels' biases multiply as the rounded tensors do."""
+  this = case(name)
+  block, inputs = this.model.blocks[0], this.inputs[0]
+  searches = fpq.search_block(block, this.x[0], this.context, FPQ)
+  assert any(np.ptp(search.offsets) > 0 for search in searches.values())
+  simulated, folded = nnx.clone(block), nnx.clone(block)
+  fpq.apply_search(simulated, searches, FPQ)
+  fpq.apply_search(folded, searches, FPQ, packed=True)
+  expected, found = run_linears(simulated, inputs), run_linears(folded, inputs)
+  for path, x in inputs.items():
+    exact = get_module(block, path)(x)
+    size = float(jnp.abs(exact).max())
+    # Rounding changes the product; the fold does not.
+    assert float(jnp.abs(expected[path] - exact).max()) > 1e-3 * size
+    differences = np.abs(found[path] - expected[path]).max(axis=-1)
+    # A token with a value at the middle of two codes may go either way.
+    assert np.mean(differences > 1e-4 * max(1.0, size)) <= 0.02
 
 
 # Architectures that a transformation does not support. Where there are calibration data, None takes
