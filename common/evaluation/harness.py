@@ -8,7 +8,8 @@
 The package lm-eval, which brings PyTorch, is imported only then.
 """
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -23,6 +24,50 @@ LM_EVAL = "lm-eval==0.4.13"
 _MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 # Options of other generators, with the value at which they change nothing.
 _NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
+
+
+def require_harness(tasks: Sequence[str]) -> None:
+  """Checks, before any work, that what the tasks need is there.
+
+  Raises:
+    UserError: there are tasks, and lm-eval is not installed.
+  """
+  if tasks and importlib.util.find_spec("lm_eval") is None:
+    raise UserError(
+      f"the tasks {', '.join(tasks)} need EleutherAI's harness: pip install {LM_EVAL}, or leave "
+      "them out with --config.tasks=()"
+    )
+
+
+def zero_shot_accuracies(
+  model: Decoder,
+  tokenizer: tokenizers.Tokenizer,
+  tasks: Sequence[str],
+  *,
+  limit: int = 0,
+  normalized: bool = False,
+) -> list[float]:
+  """Shares of the questions that are answered right, one per task; none without tasks.
+
+  Args:
+    model, tokenizer: see `harness_model`.
+    tasks: names of the harness.
+    limit: questions of each; 0 takes all.
+    normalized: by the likelihood over the answer's length, of tasks that have it (acc_norm).
+
+  Raises:
+    UserError: see `harness_model`; or the harness gives no results.
+  """
+  if not tasks:
+    return []
+  adapted = harness_model(model, tokenizer)
+  import lm_eval
+
+  found = lm_eval.simple_evaluate(model=adapted, tasks=list(tasks), limit=limit or None)
+  if found is None:
+    raise UserError(f"the harness returned no results for {', '.join(tasks)}")
+  name = lambda scores: "acc_norm,none" if normalized and "acc_norm,none" in scores else "acc,none"
+  return [float(found["results"][task][name(found["results"][task])]) for task in tasks]
 
 
 def harness_model(model: Decoder, tokenizer: tokenizers.Tokenizer, **options):

@@ -6,17 +6,22 @@ X is a block's input in the original model and X_q its input after the blocks th
 already (`calibration.quantize_blocks(..., stream="both")`). BRECQ (Li et al. 2021) trains a block
 at a time; QDrop (Wei et al. 2022) also puts elements of X back into X_q at random; a single linear
 is a block too (AdaRound, ZQ-Local). What is learned is the `Learned` variables of the student.
+
+Samples may lie in the host's memory (`ReconstructionSettings.sample_memory`): every step then brings
+its own batch to the device, which holds the block, the optimizer's state and one batch.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+
+from common.errors import UserError
 
 Array = jax.Array
 
@@ -36,12 +41,24 @@ class ReconstructionSettings:
       0.5). 0 is BRECQ's protocol.
     keep_best: keep the parameters with the least error on all samples, of those at the start and at
       the end of the run; otherwise those at the end.
+    sample_memory: where the samples lie meanwhile, "device" or "pinned_host", the host's memory. The
+      results are the same.
+
+  Raises:
+    UserError: there is no such memory.
   """
 
   num_steps: int
   batch_size: int
   drop_probability: float = 0.0
   keep_best: bool = True
+  sample_memory: Literal["device", "pinned_host"] = "device"
+
+  def __post_init__(self):
+    if self.sample_memory not in ("device", "pinned_host"):
+      raise UserError(
+        f"sample_memory={self.sample_memory!r} is not supported; supported: device, pinned_host"
+      )
 
 
 class ReconstructionLog(NamedTuple):
@@ -75,6 +92,31 @@ def run_transformer_block(block: nnx.Module, x: Array, context) -> Array:
   return block(x, context)[0]
 
 
+def in_host_memory(samples: Array) -> Array:
+  """The same, there."""
+  if jax.typeof(samples).memory_space == jax.memory.Space.Host:
+    return samples
+  return jax.device_put(samples, jax.memory.Space.Host)
+
+
+def samples_at(samples: Array, rows: Array) -> Array:
+  """samples[rows] in the device's memory; one by one if the samples lie in the host's.
+
+  Args:
+    samples: [samples, ...].
+    rows: int32 [batch].
+  """
+  if jax.typeof(samples).memory_space != jax.memory.Space.Host:
+    return samples[rows]
+
+  # A slice is a copy from memory to memory; a gather would have to be computed where the samples are.
+  def fetch(row):
+    sample = jax.lax.dynamic_index_in_dim(samples, row, keepdims=False)
+    return jax.device_put(sample, jax.memory.Space.Device)
+
+  return jax.lax.map(fetch, rows)
+
+
 def reconstruct(
   student: nnx.Module,
   inputs: Array,
@@ -92,7 +134,8 @@ def reconstruct(
 
   Args:
     student: the block with its quantizers; not modified.
-    inputs: X_q, [samples, ...].
+    inputs: X_q, [samples, ...]; may be in the host's memory already, as may be `targets` and
+      `full_precision_inputs`.
     targets: the original block's outputs on X, [samples, ...].
     context: passed to `run`; that of one row, or with a leading axis of samples in every array that
       differs between them.
@@ -115,6 +158,10 @@ def reconstruct(
   graphdef, learned, rest = nnx.split(student, Learned, ...)
   if not jax.tree.leaves(learned):
     raise ValueError("the student has no Learned variable")
+  if settings.sample_memory == "pinned_host":
+    inputs, targets, full_precision_inputs = jax.tree.map(
+      in_host_memory, (inputs, targets, full_precision_inputs)
+    )
   originals = inputs if full_precision_inputs is None else full_precision_inputs
   static = (graphdef, settings, optimizer, objective, run)
   learned, log = _reconstruct(*static, learned, rest, inputs, originals, targets, context, key)
@@ -154,17 +201,19 @@ def _reconstruct(
   def step_fn(carry, step):
     learned, state = carry
     rows = rows_of(step)
-    x = inputs[rows]
+    x = samples_at(inputs, rows)
     if settings.drop_probability:
       dropped = jax.random.bernoulli(
         jax.random.fold_in(drop_key, step), settings.drop_probability, x.shape
       )
-      x = jnp.where(dropped, originals[rows], x)
+      x = jnp.where(dropped, samples_at(originals, rows), x)
+
+    target = samples_at(targets, rows)
 
     def loss_fn(learned):
       student = nnx.merge(graphdef, learned, rest)
       output = run(student, x, take(rows))
-      return objective(student, output, targets[rows], step / settings.num_steps)
+      return objective(student, output, target, step / settings.num_steps)
 
     loss, gradient = jax.value_and_grad(loss_fn)(learned)
     updates, state = optimizer.update(gradient, state, learned)
@@ -175,8 +224,9 @@ def _reconstruct(
     parts = jnp.arange(batches_per_epoch * batch_size).reshape(-1, batch_size)
 
     def of_batch(rows):
-      output = run(nnx.merge(graphdef, learned, rest), inputs[rows], take(rows))
-      return squared_error(None, output, targets[rows], 0.0)
+      x, target = samples_at(inputs, rows), samples_at(targets, rows)
+      output = run(nnx.merge(graphdef, learned, rest), x, take(rows))
+      return squared_error(None, output, target, 0.0)
 
     return jnp.mean(jax.lax.map(of_batch, parts))
 

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import importlib.util
 import pathlib
 from typing import NamedTuple
 
@@ -14,8 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from common.data.pipelines import calibration_samples, evaluation_windows
-from common.errors import UserError
-from common.evaluation.harness import LM_EVAL, harness_model
+from common.evaluation.harness import require_harness, zero_shot_accuracies
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
@@ -57,11 +55,7 @@ class Result(NamedTuple):
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Runs every part that the config asks for."""
-  if config.tasks and importlib.util.find_spec("lm_eval") is None:
-    raise UserError(
-      f"the tasks {', '.join(config.tasks)} need EleutherAI's harness: pip install {LM_EVAL}, or "
-      "pass --config.tasks=()"
-    )
+  require_harness(config.tasks)
   base = base_model(config.model)
   names = (*config.natural_settings, *config.outlier_settings, *config.other_settings)
   for name in names:
@@ -311,14 +305,11 @@ def compare_settings(config, base, windows, workdir, report: Report) -> None:
 
 def compare_tasks(config, base: BaseModel, title: str, results: dict[str, Result]) -> Table:
   """Zero-shot accuracies by EleutherAI's harness."""
-  import lm_eval
-
   rows = []
   for method, result in results.items():
-    model = harness_model(result.model, base.tokenizer)
-    limit = config.task_limit or None
-    found = lm_eval.simple_evaluate(model=model, tasks=list(config.tasks), limit=limit)
-    accuracies = [float(found["results"][task]["acc,none"]) for task in config.tasks]
+    accuracies = zero_shot_accuracies(
+      result.model, base.tokenizer, config.tasks, limit=config.task_limit
+    )
     rows.append([method, *accuracies, float(np.mean(accuracies))])
   columns = [Column(task, ".4f", better="higher") for task in (*config.tasks, "mean")]
   return Table(f"Zero-shot accuracy, {title}", ["method", *columns], rows)

@@ -52,6 +52,7 @@ def reconstruction_step(
 ) -> Step:
   """All optimizer steps of one block."""
   settings = FlexRoundSettings(format, config.start)
+  reconstruction = reconstruction_settings(config)
 
   def make_student() -> Block:
     block = Block(model, nnx.Rngs(0))
@@ -68,9 +69,8 @@ def reconstruction_step(
   positions = jnp.zeros((1, length), jnp.int32)
   context = jax.eval_shape(lambda p: make_context(model, p, jnp.ones_like(p))[0], positions)
   everywhere = lambda tree: jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
-  features = jax.ShapeDtypeStruct(
-    (samples, length, model.hidden_size), jnp.float32, sharding=batch_sharding(mesh)
-  )
+  where = batch_sharding(mesh).with_memory_kind(config.sample_memory)
+  features = jax.ShapeDtypeStruct((samples, length, model.hidden_size), jnp.float32, sharding=where)
   key = jax.eval_shape(lambda: jax.random.key(0))
   rate = config.learning_rates.FlexRound[0]
   optimizer = make_optimizer(rate, config.steps)
@@ -82,7 +82,7 @@ def reconstruction_step(
       targets,
       context,
       key,
-      reconstruction_settings(config),
+      reconstruction,
       optimizer,
       objective=feature_sum,
     )

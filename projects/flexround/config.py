@@ -50,19 +50,26 @@ def get_config(preset: str = "default") -> ConfigDict:
       "domains": ("embedded:code", "embedded:prose", "embedded:science"),
       "axis": "channel",  # Or "tensor": what shares a scale.
       "start": "search",  # Or "min_max": where scales begin.
+      "layer_wise": False,  # Reconstruct layers, of networks too, one by one instead of blocks.
       "model_bits": 2,
       "model_other_bits": (3,),
       "model_seeds": (0, 1, 2),
       "calibration_samples": 64,
       "calibration_length": 128,
+      # Where calibration activations lie while blocks are learned: "device", or "pinned_host", the host's
+      # memory, from where every step fetches its batch.
+      "sample_memory": "device",
       "batch_size": 2,
       "steps": 60,
       "eval_windows": 10,  # Per domain; 0 for all.
       "eval_length": 256,
       "choice_questions": 30,
+      # Benchmarks of EleutherAI's harness, and how many questions of each (0: all).
+      "tasks": (),
+      "task_limit": 0,
       # Also W8A8, per tensor.
       "w8a8": True,
-      # A pretrained encoder of FLAXWORKS_MODELS (the encoder preset); none if empty.
+      # A pretrained encoder of FLAXWORKS_MODELS, or a directory (the encoder preset); none if empty.
       "encoder": "",
       "encoder_bits": (8, 6, 4),
       "encoder_calibration": 64,
@@ -74,6 +81,10 @@ def get_config(preset: str = "default") -> ConfigDict:
       # Retrieval on queries and documents of a test collection in FLAXWORKS_DATA; 0 skips it.
       "retrieval_queries": 20,
       "retrieval_documents": 1000,
+      # JSON lines of a classification task (GLUE) for an encoder with a head: calibration, test.
+      "labelled_train": "",
+      "labelled_test": "",
+      "labelled_fields": ("sentence", "label"),
     }
   )
   if preset == "tiny":
@@ -111,6 +122,15 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.steps = 5000
     config.eval_windows = 0
     config.eval_length = 2048
+    config.tasks = (
+      "boolq",
+      "piqa",
+      "hellaswag",
+      "winogrande",
+      "arc_easy",
+      "arc_challenge",
+      "openbookqa",
+    )
   if preset == "encoder":
     config.networks = {}
     config.model = ""

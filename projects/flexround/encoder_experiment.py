@@ -1,5 +1,6 @@
 """A pretrained sentence encoder with weights and activations of few bits, and a classifier on top."""
 
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,6 @@ import tokenizers
 from flax import nnx
 from ml_collections import ConfigDict
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score, matthews_corrcoef
 
 from common.checkpoints.huggingface import Checkpoint
 from common.data.retrieval import Collection, load_collection, sample_collection
@@ -17,6 +17,7 @@ from common.data.sources import load_documents
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
+from common.evaluation.text_classification import SCORE_COLUMNS, predict, read_task, scores
 from common.models.encoder import Encoder, sentence_embeddings
 from common.paths import models_dir
 from common.quantization.activations import ActivationFormat
@@ -49,8 +50,9 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
     Column("macro F1", ".3f"),
     Column("Matthews", ".3f"),
   ]
+  given = pathlib.Path(config.encoder).expanduser()
   try:
-    folder = models_dir(config.encoder)
+    folder = given if given.is_dir() else models_dir(config.encoder)
   except UserError as e:
     report.tables.append(Table(TITLE, columns, [], f"Left out: {e}"))
     return
@@ -58,6 +60,9 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
   if not isinstance(model, Encoder):
     raise UserError(f"encoder={config.encoder!r} is a {type(model).__name__}; expected an encoder")
   tokenizer = load_tokenizer(str(folder))
+  if config.labelled_train or config.labelled_test:
+    compare_on_task(config, model, tokenizer, report)
+    return
   read = lambda split, count, seed: sentences(
     tokenizer, split, count, config.encoder_length, model.config.pad_token_id, seed
   )
@@ -76,9 +81,7 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
       format,
       embedding_similarity(embeddings, full),
       None if collection is None else ndcg(quantized, tokenizer, collection),
-      float(np.mean(found == test.labels)),
-      f1_score(test.labels, found, average="macro"),
-      matthews_corrcoef(test.labels, found),
+      *scores(test.labels, found),
     ]
 
   rows, cosine = [row("full precision", None, model)], {}
@@ -108,6 +111,31 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
         {name: [cosine[bits, name]] for name in ("FlexRound", "RTN")},
       )
     )
+
+
+def compare_on_task(
+  config: ConfigDict, model: Encoder, tokenizer: tokenizers.Tokenizer, report: Report
+) -> None:
+  """A GLUE task: accuracy, F1 and Matthews correlation of a fine-tuned classifier."""
+  task = read_task(
+    config.labelled_train,
+    config.labelled_test,
+    config.labelled_fields,
+    model,
+    tokenizer,
+    length=config.encoder_length,
+    num_calibration=config.encoder_calibration,
+  )
+  ids = task.calibration.tokens, task.calibration.segment_ids
+  calibration = Sentences(*map(jnp.asarray, ids), np.zeros(len(ids[0]), int))
+  row = lambda name, format, model: [name, format, *scores(task.labels, predict(model, task.test))]
+  rows = [row("full precision", None, model)]
+  for bits in config.encoder_bits:
+    for method in ("RTN", "FlexRound"):
+      quantized = quantize(method, config, model, calibration, bits)
+      rows.append(row(method, f"W{bits}A{bits}", quantized))
+  title = f"{config.encoder} on {pathlib.Path(config.labelled_test).name}"
+  report.tables.append(Table(title, ["method", "format", *SCORE_COLUMNS], rows))
 
 
 def retrieval_collection(config: ConfigDict) -> Collection | None:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from common.data.pipelines import calibration_samples, evaluation_windows
 from common.errors import UserError
+from common.evaluation.harness import require_harness, zero_shot_accuracies
 from common.evaluation.multiple_choice import choice_accuracy, continuation_questions
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
@@ -51,7 +52,7 @@ def integer_format(config: ConfigDict, bits: int) -> IntegerFormat:
 
 
 def reconstruction_settings(config: ConfigDict) -> ReconstructionSettings:
-  return ReconstructionSettings(config.steps, config.batch_size)
+  return ReconstructionSettings(config.steps, config.batch_size, sample_memory=config.sample_memory)
 
 
 def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> None:
@@ -59,6 +60,7 @@ def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> No
   formats = {
     bits: integer_format(config, bits) for bits in (config.model_bits, *config.model_other_bits)
   }
+  require_harness(config.tasks)
   base = base_model(config.model)
   windows = held_out_windows(config, base)
   draws = {seed: calibration(config, base, seed) for seed in config.model_seeds}
@@ -66,12 +68,18 @@ def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> No
   count = min(config.choice_questions, len(windows))
   questions = continuation_questions(windows[:count], choice_length=8, num_choices=4, seed=0)
   score = lambda model: choice_accuracy(model, questions).accuracy
+  tasks = lambda model: zero_shot_accuracies(
+    model, base.tokenizer, config.tasks, limit=config.task_limit
+  )
   rows = [["full precision", None, full.perplexity, None, None, score(base.model)]]
+  on_tasks = [["full precision", None, *tasks(base.model)]]
   losses: dict[tuple, list[WindowLosses]] = collections.defaultdict(list)
   shifts, rates = [], None
   for bits, format in formats.items():
     main = bits == config.model_bits
-    protocol = Protocol(format, config.start, reconstruction_settings(config))
+    protocol = Protocol(
+      format, config.start, reconstruction_settings(config), layer_wise=config.layer_wise
+    )
     grids = [initial_grids(block, protocol) for block in base.model.blocks]
     used = list(draws.items())[: None if main else 1]
     if rates is None:
@@ -87,6 +95,7 @@ def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> No
       excess = np.mean([nats(loss) - nats(full) for loss in losses[bits, method]])
       name = f"W{bits} per {config.axis}"
       rows.append([method, name, np.mean(perplexities), spread, excess, score(result.model)])
+      on_tasks.append([method, name, *tasks(result.model)])
   if config.w8a8:
     rows += w8a8_rows(config, base.model, draws, full, windows, rates, score)
   chosen = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
@@ -109,10 +118,15 @@ def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> No
       ),
     )
   )
+  if config.tasks:
+    columns = [Column(task, ".4f", better="higher") for task in config.tasks]
+    title = f"Zero-shot accuracy of {config.model}, last draw"
+    report.tables.append(Table(title, ["method", "format", *columns], on_tasks))
   report.claims.extend(claims(config, losses))
   if any(block.shifts for result in shifts for block in result.blocks):
     add_grid_shift(config, shifts, workdir, report)
-  add_block_losses(shifts[0], workdir, report)
+  if not config.layer_wise:
+    add_block_losses(shifts[0], workdir, report)
 
 
 def held_out_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
@@ -174,6 +188,7 @@ def w8a8_rows(config, model, draws, full, windows, rates, score) -> list[list]:
     "min_max",
     reconstruction_settings(config),
     ActivationFormat(8, "per_tensor"),
+    config.layer_wise,
   )
   grids = [initial_grids(block, protocol) for block in model.blocks]
   seed, tokens = next(iter(draws.items()))

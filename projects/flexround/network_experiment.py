@@ -94,6 +94,7 @@ def make_protocol(
     "search",
     ReconstructionSettings(config.network_steps, config.image_batch_size, drop),
     ActivationFormat(bits, "per_tensor") if activations else None,
+    config.layer_wise,
   )
 
 

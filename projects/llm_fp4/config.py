@@ -34,7 +34,7 @@ def get_config(preset: str = "default") -> ConfigDict:
       "eval_length": 256,
       "ablations": True,
       "few_samples": 2,  # Calibration samples of the ablation of their number.
-      "zero_shot_tasks": (),
+      "tasks": (),
       # The search.
       "search_tokens": 256,  # 0 takes all.
       "rounds": 3,
@@ -46,13 +46,17 @@ def get_config(preset: str = "default") -> ConfigDict:
       # Small ViTs trained on scikit-learn's digits, one per seed: their epochs, 0 leaves them out.
       "vision_epochs": 12,
       "vision_size": 32,
-      # A folder of FLAXWORKS_MODELS with a sentence encoder; empty leaves it out.
+      # A folder of FLAXWORKS_MODELS, or a directory, with an encoder; empty leaves it out.
       "encoder": "",
       "encoder_bits": (8, 6, 4),
       "encoder_samples": 32,
       "encoder_length": 64,
       "queries": 20,
       "documents": 1000,
+      # JSON lines of a classification task (GLUE) for an encoder with a head: calibration, test.
+      "labelled_train": "",
+      "labelled_test": "",
+      "labelled_fields": ("sentence", "label"),
     }
   )
   if preset == "tiny":
@@ -89,7 +93,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.search_tokens = 0
     config.grid_size = 100
     config.vision_epochs = 0
-    config.zero_shot_tasks = (
+    config.tasks = (
       "boolq",
       "piqa",
       "hellaswag",

@@ -1,10 +1,13 @@
-"""A pretrained sentence encoder: embeddings, retrieval and text classification after FPQ."""
+"""A pretrained encoder after FPQ: embeddings, retrieval and text classification, or a task of GLUE."""
 
+import pathlib
+from collections.abc import Iterator
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from tokenizers import Tokenizer
 
 from common.checkpoints.huggingface import Checkpoint
@@ -13,6 +16,7 @@ from common.data.sources import load_documents
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
+from common.evaluation.text_classification import SCORE_COLUMNS, predict, read_task, scores
 from common.models.encoder import Encoder
 from common.paths import models_dir
 from common.reporting.report import Claim, Column, Report, Table
@@ -32,16 +36,27 @@ TEXTS = 60  # To fit the classifier on, and as many to test it.
 
 
 def compare_on_encoder(config: ConfigDict, report: Report) -> None:
-  """Adds the encoder's table and claims.
+  """Adds the encoder's table and claims: of a task, if the config names its files.
 
   Raises:
-    UserError: the model or the collection is not there, or the model is no encoder.
+    UserError: the model, the collection or the task is not there, or the model is no encoder.
   """
-  folder = models_dir(config.encoder)
+  given = pathlib.Path(config.encoder).expanduser()
+  folder = given if given.is_dir() else models_dir(config.encoder)
   model = Checkpoint(folder).load_model()
   if not isinstance(model, Encoder):
     raise UserError(f"encoder={config.encoder!r} is a {type(model).__name__}; expected an encoder")
   tokenizer = load_tokenizer(str(folder))
+  if config.labelled_train or config.labelled_test:
+    compare_on_task(config, model, tokenizer, report)
+  else:
+    compare_on_retrieval(config, model, tokenizer, report)
+
+
+def compare_on_retrieval(
+  config: ConfigDict, model: Encoder, tokenizer: Tokenizer, report: Report
+) -> None:
+  """A sentence encoder's embeddings, and what is done with them."""
   whole = load_collection()
   collection = sample_collection(whole, config.queries, config.documents)
   tokens, segment_ids = calibration_batch(config, model, tokenizer, whole, collection)
@@ -67,20 +82,13 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
         "32/32/32" if bits is None else f"{bits}/{bits}/{bits}",
         cosine[name, bits],
         float(scores.mean()),
-        accuracy_score(test_labels, predicted),
-        f1_score(test_labels, predicted, average="macro"),
-        matthews_corrcoef(test_labels, predicted),
+        *scores(test_labels, predicted),
       ]
     )
 
   evaluate("full precision", None, model)
-  for bits in config.encoder_bits:
-    integers = integer_model(model, tokens, bits, embedding_bits=bits, segment_ids=segment_ids)
-    evaluate(MINMAX_INT, bits, integers)
-    for name, changes in FLOAT_METHODS.items():
-      settings = fpq_settings(config, bits, **changes)
-      quantized = fpq(model, tokens, settings, embedding_bits=bits, segment_ids=segment_ids)
-      evaluate(name, bits, quantized)
+  for quantized in quantized_models(config, model, tokens, segment_ids):
+    evaluate(*quantized)
   report.tables.append(
     Table(
       f"Sentence encoder {config.encoder}",
@@ -103,6 +111,39 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
     )
   )
   report.claims.extend(claims(config, cosine, ndcg))
+
+
+def quantized_models(
+  config: ConfigDict, model: Encoder, tokens: jax.Array, segment_ids: jax.Array
+) -> Iterator[tuple[str, int, Encoder]]:
+  """Every method at every width: name, bits, and the encoder, embeddings included."""
+  for bits in config.encoder_bits:
+    options = {"embedding_bits": bits, "segment_ids": segment_ids}
+    yield MINMAX_INT, bits, integer_model(model, tokens, bits, **options)
+    for name, changes in FLOAT_METHODS.items():
+      yield name, bits, fpq(model, tokens, fpq_settings(config, bits, **changes), **options)
+
+
+def compare_on_task(
+  config: ConfigDict, model: Encoder, tokenizer: Tokenizer, report: Report
+) -> None:
+  """A GLUE task: accuracy, F1 and Matthews correlation of a fine-tuned classifier."""
+  task = read_task(
+    config.labelled_train,
+    config.labelled_test,
+    config.labelled_fields,
+    model,
+    tokenizer,
+    length=config.encoder_length,
+    num_calibration=config.encoder_samples,
+  )
+  ids = jnp.asarray(task.calibration.tokens), jnp.asarray(task.calibration.segment_ids)
+  rows = [["full precision", "32/32/32", *scores(task.labels, predict(model, task.test))]]
+  for name, bits, quantized in quantized_models(config, model, *ids):
+    found = predict(quantized, task.test)
+    rows.append([name, f"{bits}/{bits}/{bits}", *scores(task.labels, found)])
+  title = f"{config.encoder} on {pathlib.Path(config.labelled_test).name}"
+  report.tables.append(Table(title, ["method", "bits E/W/A", *SCORE_COLUMNS], rows))
 
 
 def claims(config: ConfigDict, cosine, ndcg) -> list[Claim]:

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from common.data.pipelines import calibration_samples, evaluation_windows
-from common.errors import UserError
-from common.evaluation.harness import harness_model
+from common.evaluation.harness import require_harness, zero_shot_accuracies
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
@@ -68,10 +67,9 @@ class Result(NamedTuple):
 
 def compare_on_language_model(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
   """Adds the language model's tables, claims and figure."""
+  require_harness(config.tasks)
   base = base_model(config.model)
   windows = held_out_windows(config, base)
-  if config.zero_shot_tasks:
-    harness_model(base.model, base.tokenizer)  # Fails now if the harness is not installed.
   draws = {seed: draw(config, base, config.calibration_samples, seed) for seed in config.seeds}
   variants = {"natural": (base.model, config.seeds[:1])}
   for gain in config.outlier_gains:
@@ -301,7 +299,7 @@ def final_model(config: ConfigDict, base: BaseModel, tokens, windows, workdir, r
       note="Pre-shifted activation codes times folded weight codes, against Q(x) Q(W).",
     )
   )
-  if config.zero_shot_tasks:
+  if config.tasks:
     candidates = {"full precision": base.model, FPQ: simulated}
     for name in (MINMAX_FP, BASELINE):
       changed = fpq_settings(config, bits, **FLOAT_METHODS[name])
@@ -311,26 +309,16 @@ def final_model(config: ConfigDict, base: BaseModel, tokens, windows, workdir, r
       candidates[name] = integer_model(
         base.model, tokens, bits, embedding_bits=bits, smoothquant=smoothquant
       )
-    tasks = list(config.zero_shot_tasks)
+    tasks = list(config.tasks)
     rows = []
     for name, model in candidates.items():
-      scores = zero_shot(model, base, tasks)
+      shares = zero_shot_accuracies(model, base.tokenizer, tasks, normalized=True)
+      scores = [100 * share for share in shares]
       rows.append([name, *scores, float(np.mean(scores)), PAPER_LLAMA_7B[name]])
     columns = [Column(name, ".1f") for name in (*tasks, "average", "paper, LLaMA-7B")]
     report.tables.append(
       Table(f"Zero-shot accuracy, {bits}/{bits}/{bits}", ["method", *columns], rows)
     )
-
-
-def zero_shot(model: Decoder, base: BaseModel, tasks: list[str]) -> list[float]:
-  """Percent right of each task, by EleutherAI's harness (accuracy by length where it has one)."""
-  import lm_eval
-
-  results = lm_eval.simple_evaluate(model=harness_model(model, base.tokenizer), tasks=tasks)
-  if results is None:
-    raise UserError(f"the harness returned no results for {', '.join(tasks)}")
-  scores = [results["results"][task] for task in tasks]
-  return [100 * score.get("acc_norm,none", score.get("acc,none")) for score in scores]
 
 
 def plot_methods(config: ConfigDict, excess, workdir: pathlib.Path, report: Report) -> None:

@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import importlib.util
 import pathlib
 from typing import NamedTuple
 
@@ -15,13 +14,12 @@ from rich.progress import track
 
 from common.checkpoints.huggingface import load_decoder, save_model
 from common.data.pipelines import calibration_samples, evaluation_windows
-from common.errors import UserError
-from common.evaluation.harness import LM_EVAL, harness_model
+from common.evaluation.harness import require_harness, zero_shot_accuracies
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
 from common.models.outliers import inject_outliers
-from common.quantization.calibration import block_inputs
+from common.quantization.calibration import block_inputs, run_block
 from common.quantization.shift_and_scale import channel_range
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
@@ -52,11 +50,7 @@ class Draw(NamedTuple):
 
 def compare_on_decoders(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
   """Fills the report with every part that the config asks for."""
-  if config.tasks and importlib.util.find_spec("lm_eval") is None:
-    raise UserError(
-      f"the tasks {', '.join(config.tasks)} need EleutherAI's harness: pip install {LM_EVAL}, or "
-      "pass --config.tasks=()"
-    )
+  require_harness(config.tasks)
   base = base_model(config.model)
   for name in (*config.settings, *config.other_settings, *config.ablation_settings):
     check_model(base.model, settings_of(config, name))
@@ -408,7 +402,7 @@ def site_ranges(draw: Draw, found, index: int) -> tuple[list[list], dict]:
   """Rows of the table of ranges, and the curves of the figure, of one block."""
   x, context = draw.model.stem(draw.tokens)
   for block in draw.model.blocks[:index]:
-    x, _ = block(x, context)
+    x = run_block(block, x, context)
   inputs = block_inputs(draw.model.blocks[index], x, context)
   rows, curves = [], {}
   width = lambda low, high: float(high.max() - low.min())
@@ -440,15 +434,11 @@ def _ranges_on_the_way(x: Array, shift: Array, scale: Array):
 
 def compare_tasks(config: ConfigDict, name: str, methods, draw: Draw, report: Report) -> None:
   """Zero-shot accuracies by EleutherAI's harness."""
-  import lm_eval
-
   tokenizer = base_model(config.model).tokenizer
   rows = []
   for label, method in {"full precision": lambda model, _: model, **methods}.items():
-    model = harness_model(method(draw.model, draw.tokens), tokenizer)
-    limit = config.task_limit or None
-    results = lm_eval.simple_evaluate(model=model, tasks=list(config.tasks), limit=limit)
-    accuracies = [float(results["results"][task]["acc,none"]) for task in config.tasks]
+    model = method(draw.model, draw.tokens)
+    accuracies = zero_shot_accuracies(model, tokenizer, config.tasks, limit=config.task_limit)
     rows.append([label, *accuracies, float(np.mean(accuracies))])
   columns = [Column(task, ".4f", better="higher") for task in (*config.tasks, "mean")]
   report.tables.append(Table(f"Zero-shot accuracy, {name}", ["method", *columns], rows))

@@ -1,24 +1,28 @@
 """A pretrained encoder with weights and activations of few bits: embeddings, retrieval, GLUE."""
 
 import pathlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from flax import nnx
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from common.checkpoints.huggingface import Checkpoint
 from common.data.retrieval import Collection, load_collection, sample_collection
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
-from common.evaluation.items import read_items
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
+from common.evaluation.text_classification import (
+  SCORE_COLUMNS,
+  Texts,
+  encode_texts,
+  predict,
+  read_task,
+  scores,
+)
 from common.models.encoder import Encoder
 from common.paths import models_dir
 from common.reporting import plots
@@ -29,22 +33,8 @@ from projects.outlier_suppression_plus.outlier_suppression_plus import check_mod
 Array = jax.Array
 
 
-class Texts(NamedTuple):
-  """Padded texts.
-
-  Attributes:
-    tokens, segment_ids, token_types: int32 [texts, seq]; segment 0 is padding.
-  """
-
-  tokens: np.ndarray
-  segment_ids: np.ndarray
-  token_types: np.ndarray
-
-
 def compare_on_encoder(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
   """Retrieval with sentence embeddings; or a classification task, if the config names its files."""
-  if bool(config.labelled_train) != bool(config.labelled_test):
-    raise UserError("give both labelled_train and labelled_test, or neither")
   given = pathlib.Path(config.encoder).expanduser()
   folder = given if given.is_dir() else models_dir(config.encoder)
   model, tokenizer = Checkpoint(folder).load_model(), load_tokenizer(str(folder))
@@ -52,7 +42,7 @@ def compare_on_encoder(config: ConfigDict, workdir: pathlib.Path, report: Report
     raise UserError(f"encoder={config.encoder!r} is a {type(model).__name__}; expected an encoder")
   for name in config.encoder_settings:
     check_model(model, settings_of(config, name))
-  if config.labelled_train:
+  if config.labelled_train or config.labelled_test:
     compare_on_task(config, model, tokenizer, report)
   else:
     compare_on_retrieval(config, model, tokenizer, workdir, report)
@@ -170,75 +160,31 @@ def calibration_texts(
   kept = set(sampled.documents)
   others = [text for text in whole.documents if text not in kept]
   chosen = np.random.default_rng(seed).choice(len(others), config.encoder_calibration, False)
-  return encode(tokenizer, [(others[i],) for i in chosen], config.encoder_length)
-
-
-def encode(tokenizer: tokenizers.Tokenizer, texts: list[tuple[str, ...]], length: int) -> Texts:
-  """Texts, or pairs of texts, padded on the right to the longest of them."""
-  encoder = tokenizers.Tokenizer.from_str(tokenizer.to_str())
-  encoder.enable_truncation(length)
-  encoder.no_padding()
-  encodings = encoder.encode_batch([t if len(t) == 2 else t[0] for t in texts])
-  shape = len(texts), max(len(e.ids) for e in encodings)
-  tokens, segment_ids, types = (np.zeros(shape, np.int32) for _ in range(3))
-  for i, e in enumerate(encodings):
-    count = len(e.ids)
-    tokens[i, :count], segment_ids[i, :count], types[i, :count] = e.ids, 1, e.type_ids
-  return Texts(tokens, segment_ids, types)
+  return encode_texts(tokenizer, [(others[i],) for i in chosen], config.encoder_length)
 
 
 def compare_on_task(config: ConfigDict, model: Encoder, tokenizer, report: Report) -> None:
   """A GLUE task: accuracy, F1 and Matthews correlation of a fine-tuned classifier."""
-  if model.config.head != "sequence":
-    raise UserError(
-      f"encoder={config.encoder!r} has head={model.config.head!r}; a classification task needs a "
-      "fine-tuned model with a sequence head"
-    )
-  fields = tuple(config.labelled_fields)
-  known = {label: i for i, label in enumerate(model.config.labels)}
-
-  def check(item):
-    if item[fields[-1]] not in known:
-      return f"the label {item[fields[-1]]!r} is none of the model's, {', '.join(known)}"
-
-  def read(path, count=None):
-    items = read_items(path, fields, check)[:count]
-    texts = encode(
-      tokenizer, [tuple(i[f] for f in fields[:-1]) for i in items], config.encoder_length
-    )
-    return texts, np.array([known[item[fields[-1]]] for item in items])
-
-  calibration, _ = read(config.labelled_train, config.encoder_calibration)
-  test, labels = read(config.labelled_test)
+  task = read_task(
+    config.labelled_train,
+    config.labelled_test,
+    config.labelled_fields,
+    model,
+    tokenizer,
+    length=config.encoder_length,
+    num_calibration=config.encoder_calibration,
+  )
 
   def row(label, setting, model):
-    found = predict(model, test)
-    scores = accuracy_score(labels, found), f1_score(labels, found, average="macro")
-    return [label, setting, *scores, matthews_corrcoef(labels, found)]
+    return [label, setting, *scores(task.labels, predict(model, task.test))]
 
   rows = [row("full precision", None, model)]
   for name in config.encoder_settings:
     settings = settings_of(config, name)
-    methods = main_methods(config, settings, calibration.segment_ids, hidden_error(calibration))
+    methods = main_methods(
+      config, settings, task.calibration.segment_ids, hidden_error(task.calibration)
+    )
     for label in [method for method in config.encoder_methods if method in methods]:
-      rows.append(row(label, name, methods[label](model, calibration.tokens)))
-  columns = [Column(c, ".4f", better="higher") for c in ("accuracy", "macro F1", "Matthews")]
+      rows.append(row(label, name, methods[label](model, task.calibration.tokens)))
   title = f"{config.encoder} on {pathlib.Path(config.labelled_test).name}"
-  report.tables.append(Table(title, ["method", "setting", *columns], rows))
-
-
-def predict(model: Encoder, texts: Texts, batch_size: int = 32) -> np.ndarray:
-  """Classes, int [texts]."""
-  count = len(texts.tokens)
-  # The last batch is filled up, so that one compilation serves all.
-  rows = np.concatenate([np.arange(count), np.zeros(-count % batch_size, int)])
-  found = []
-  for chosen in rows.reshape(-1, batch_size):
-    ids = {"segment_ids": texts.segment_ids[chosen], "token_types": texts.token_types[chosen]}
-    found.append(_logits(model, texts.tokens[chosen], ids).argmax(axis=-1))
-  return np.concatenate(found)[:count]
-
-
-@nnx.jit
-def _logits(model: Encoder, tokens: Array, ids: dict[str, Array]) -> Array:
-  return model(tokens, **ids).logits
+  report.tables.append(Table(title, ["method", "setting", *SCORE_COLUMNS], rows))

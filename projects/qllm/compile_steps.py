@@ -114,7 +114,7 @@ def tuning_step(config: ConfigDict, model: DecoderConfig, settings: Settings, me
   context = one_row_context(model, length)
   everywhere = lambda tree: jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
   # Batches are of single samples: these are cut along the sequence.
-  cut = NamedSharding(mesh, PartitionSpec(None, AXES))
+  cut = NamedSharding(mesh, PartitionSpec(None, AXES), memory_kind=config.sample_memory)
   features = jax.ShapeDtypeStruct((samples, length, model.hidden_size), jnp.bfloat16, sharding=cut)
   key = jax.eval_shape(lambda: jax.random.key(0))
 

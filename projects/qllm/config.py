@@ -42,6 +42,9 @@ def get_config(preset: str = "default") -> ConfigDict:
       "eval_domains": ("embedded:code", "embedded:prose", "embedded:science"),
       "calibration_samples": 32,
       "calibration_length": 128,
+      # Where calibration activations lie while blocks are learned: "device", or "pinned_host", the host's
+      # memory, from where every step fetches its batch.
+      "sample_memory": "device",
       # One draw of calibration text and of outlier channels per seed.
       "seeds": (0, 1, 2),
       # Ablations of the reassembly on all seeds; of the tuning on so many.

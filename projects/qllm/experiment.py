@@ -1,6 +1,5 @@
 """QLLM beside its baselines on a model with outlier channels: loss, ablations, what was found."""
 
-import importlib.util
 import pathlib
 import time
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from rich.progress import track
 
 from common.data.pipelines import calibration_samples, evaluation_windows
 from common.errors import UserError
-from common.evaluation.harness import LM_EVAL, harness_model
+from common.evaluation.harness import require_harness, zero_shot_accuracies
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
@@ -55,11 +54,7 @@ Measured = dict[str, list[tuple[WindowLosses, Quantized]]]
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
-  if config.tasks and importlib.util.find_spec("lm_eval") is None:
-    raise UserError(
-      f"the tasks {', '.join(config.tasks)} need EleutherAI's harness: pip install {LM_EVAL}, or "
-      "pass --config.tasks=()"
-    )
+  require_harness(config.tasks)
   if missing := [m for m in ("RTN", "QLLM, no tuning", "QLLM") if m not in config.methods]:
     raise UserError(
       f"methods lacks {', '.join(missing)}, which the others are compared with; add it"
@@ -410,17 +405,10 @@ def add_tasks(
   report: Report,
 ) -> None:
   """Zero-shot accuracies by EleutherAI's harness, first draw."""
-  import lm_eval
-
   rows = []
   models = {"full precision": draw.model} | {m: r[0][1].model for m, r in measured.items()}
   for label, model in models.items():
-    results = lm_eval.simple_evaluate(
-      model=harness_model(model, base.tokenizer),
-      tasks=list(config.tasks),
-      limit=config.task_limit or None,
-    )
-    accuracies = [float(results["results"][task]["acc,none"]) for task in config.tasks]
+    accuracies = zero_shot_accuracies(model, base.tokenizer, config.tasks, limit=config.task_limit)
     rows.append([label, *accuracies, float(np.mean(accuracies))])
   columns = [Column(task, ".4f", better="higher") for task in (*config.tasks, "mean")]
   report.tables.append(Table(f"Zero-shot accuracy, {name}", ["method", *columns], rows))

@@ -12,7 +12,6 @@ from common.errors import UserError
 from common.models.decoder import Decoder
 from common.quantization.activations import ActivationFormat
 from common.quantization.quantized_array import IntegerFormat
-from common.quantization.reconstruction import ReconstructionSettings
 from projects.qllm.baselines import omniquant, outlier_suppression_plus, rtn_model, smoothquant
 from projects.qllm.qllm import RoundLog, quantize
 from projects.qllm.settings import Settings, Tuning
@@ -56,6 +55,7 @@ def settings_of(config: ConfigDict, name: str) -> Settings:
       batch_size=config.batch_size,
       learning_rate=config.learning_rate,
       final_norm=config.final_norm,
+      sample_memory=config.sample_memory,
     ),
   )
 
@@ -68,8 +68,7 @@ def qllm(settings: Settings, **changes) -> Method:
 
 def main_methods(config: ConfigDict, settings: Settings) -> dict[str, Method]:
   """The method, its halves, and the baselines."""
-  steps = settings.tuning.steps(config.calibration_samples)
-  reconstruction = ReconstructionSettings(steps, config.batch_size, keep_best=False)
+  reconstruction = settings.tuning.reconstruction(config.calibration_samples)
   return {
     "RTN": lambda model, tokens, key: Quantized(rtn_model(model, settings), []),
     "SmoothQuant": lambda model, tokens, key: Quantized(

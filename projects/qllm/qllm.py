@@ -25,11 +25,7 @@ from common.quantization.calibration import Streams, check_finite, run_block, to
 from common.quantization.linear import get_kernels, pack_linears
 from common.quantization.quantized_kernel import quantize_kernels
 from common.quantization.reassembly import ReassembledInput, reassemble_weights
-from common.quantization.reconstruction import (
-  ReconstructionLog,
-  ReconstructionSettings,
-  reconstruct,
-)
+from common.quantization.reconstruction import ReconstructionLog, reconstruct
 from projects.qllm.channel_reassembly import mean_squared_error
 from projects.qllm.error_correction import (
   BiasedNorm,
@@ -212,7 +208,7 @@ def tune(
   tuning: Tuning,
 ) -> tuple[BlockGroup, ReconstructionLog]:
   """Trains a round; see `reconstruct`."""
-  settings = ReconstructionSettings(tuning.steps(len(inputs)), tuning.batch_size, keep_best=False)
+  settings = tuning.reconstruction(len(inputs))
   optimizer = make_optimizer(tuning.learning_rate, settings.num_steps)
   return reconstruct(student, inputs, targets, context, key, settings, optimizer)
 
@@ -230,9 +226,7 @@ def tune_final_norm(
   """
   student = BiasedNorm(nnx.clone(norm))
   learn_norms_and_biases(student)
-  settings = ReconstructionSettings(
-    tuning.steps(len(streams.quantized)), tuning.batch_size, keep_best=False
-  )
+  settings = tuning.reconstruction(len(streams.quantized))
   optimizer = make_optimizer(tuning.learning_rate, settings.num_steps)
   targets = norm(streams.full_precision)
   student, log = reconstruct(

@@ -7,6 +7,7 @@ from typing import Literal
 from common.errors import UserError
 from common.quantization.activations import ActivationFormat
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reconstruction import ReconstructionSettings
 
 # The largest share of extra channels for which enough unsplit channels to merge are left, whatever
 # the activations are.
@@ -30,6 +31,7 @@ class Tuning:
     merge: see `error_correction`.
     epochs, batch_size, learning_rate: of AdamW, linearly to 0.
     final_norm: also tune the final norm, with a bias.
+    sample_memory: see `ReconstructionSettings`.
   """
 
   learn: Literal["low_rank", "all_weights"] = "low_rank"
@@ -40,10 +42,12 @@ class Tuning:
   batch_size: int = 1
   learning_rate: float = 5e-4
   final_norm: bool = True
+  sample_memory: Literal["device", "pinned_host"] = "device"
 
   def __post_init__(self):
     _check_choice("learn", self.learn, ("low_rank", "all_weights"))
     _check_choice("merge", self.merge, ("requant", "keep"))
+    _check_choice("sample_memory", self.sample_memory, ("device", "pinned_host"))
     if min(self.rank, self.blocks_per_round, self.epochs, self.batch_size) < 1:
       raise UserError(
         f"rank={self.rank}, blocks_per_round={self.blocks_per_round}, epochs={self.epochs}, "
@@ -53,6 +57,12 @@ class Tuning:
   def steps(self, samples: int) -> int:
     """Optimizer steps of a round."""
     return self.epochs * max(1, samples // self.batch_size)
+
+  def reconstruction(self, samples: int) -> ReconstructionSettings:
+    """The same as `reconstruct` takes it; the last parameters are kept."""
+    return ReconstructionSettings(
+      self.steps(samples), self.batch_size, keep_best=False, sample_memory=self.sample_memory
+    )
 
 
 @dataclasses.dataclass(frozen=True)

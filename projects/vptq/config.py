@@ -27,7 +27,7 @@ def get_config(preset: str = "default") -> ConfigDict:
       "eval_length": 256,
       "choice_questions": 30,
       # Tasks of the evaluation harness for the final model (needs lm-eval).
-      "zero_shot_tasks": (),
+      "tasks": (),
       # The method (VPTQSettings). 2 index bits: log2(64) / 3.
       "vector_length": 3,
       "num_centroids": 64,
@@ -77,7 +77,7 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.seeds = (0,)
     config.eval_windows = 0
     config.eval_length = 4096
-    config.zero_shot_tasks = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
+    config.tasks = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
     config.vector_length, config.num_centroids = 6, 4096
     config.normalize = True
     config.kmeans_iterations = 100

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from common.decoding.generation import generate
-from common.errors import UserError
-from common.evaluation.harness import harness_model
+from common.evaluation.harness import require_harness, zero_shot_accuracies
 from common.evaluation.multiple_choice import choice_accuracy, continuation_questions
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
@@ -31,8 +30,7 @@ from projects.vptq.methods import (
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Runs every part that the config asks for."""
-  if config.zero_shot_tasks:
-    _require_harness()
+  require_harness(config.tasks)
   base = base_model(config.model)
   windows = held_out_windows(config, base)
   full = window_losses(base.model, windows)
@@ -290,7 +288,7 @@ def packed_model(config, base: BaseModel, last: Quantized, windows, report: Repo
     decoding = len(continuation) / (time.perf_counter() - start)
     accuracy = choice_accuracy(model, questions).accuracy
     rows.append([name, bits, losses.perplexity, scoring, decoding, accuracy])
-    rows[-1] += zero_shot(config, base, model)
+    rows[-1] += zero_shot_accuracies(model, base.tokenizer, config.tasks)
   report.tables.append(
     Table(
       "The packed model",
@@ -301,7 +299,7 @@ def packed_model(config, base: BaseModel, last: Quantized, windows, report: Repo
         Column("scored tokens/s", ".0f"),
         Column("decoded tokens/s", ".0f"),
         Column("choice accuracy", ".3f"),
-        *[Column(task, ".3f") for task in config.zero_shot_tasks],
+        *[Column(task, ".3f") for task in config.tasks],
       ],
       rows,
       note=(
@@ -310,25 +308,3 @@ def packed_model(config, base: BaseModel, last: Quantized, windows, report: Repo
       ),
     )
   )
-
-
-def zero_shot(config, base: BaseModel, model) -> list[float]:
-  """Accuracy on each of the harness's tasks."""
-  if not config.zero_shot_tasks:
-    return []
-  import lm_eval
-
-  tasks = list(config.zero_shot_tasks)
-  scores = lm_eval.simple_evaluate(model=harness_model(model, base.tokenizer), tasks=tasks)
-  return [scores["results"][task]["acc,none"] for task in tasks]
-
-
-def _require_harness() -> None:
-  """Raises a UserError at once, not after hours, if the zero-shot tasks cannot run."""
-  try:
-    import lm_eval  # noqa: F401
-  except ModuleNotFoundError:
-    raise UserError(
-      "zero_shot_tasks need the package lm-eval: install it, or leave them out with "
-      '--config.zero_shot_tasks="()"'
-    ) from None

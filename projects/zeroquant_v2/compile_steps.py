@@ -83,9 +83,8 @@ def distillation_step(
   length = config.calibration_length
   positions = jnp.zeros((1, length), jnp.int32)
   context = jax.eval_shape(lambda p: make_context(model, p, jnp.ones_like(p))[0], positions)
-  features = jax.ShapeDtypeStruct(
-    (samples, length, model.hidden_size), jnp.float32, sharding=batch_sharding(mesh)
-  )
+  where = batch_sharding(mesh).with_memory_kind(config.sample_memory)
+  features = jax.ShapeDtypeStruct((samples, length, model.hidden_size), jnp.float32, sharding=where)
   key = jax.eval_shape(lambda: jax.random.key(0))
 
   def step(state, x, targets, context, key):

@@ -32,6 +32,9 @@ def get_config(preset: str = "default") -> ConfigDict:
       "calibration": ",".join(embedded),
       "calibration_samples": 32,
       "calibration_length": 128,
+      # Where calibration activations lie while blocks are learned: "device", or "pinned_host", the host's
+      # memory, from where every step fetches its batch.
+      "sample_memory": "device",
       "seeds": (0, 1, 2),  # One calibration draw each.
       # What is rounded to nearest in the sensitivity study, and what with symmetric codes as well.
       "sensitivity": ("W8A16", "W4A16", "W3A16", "W2A16", "W16A8", "W16A4"),

@@ -43,7 +43,11 @@ def settings_of(
     inputs=config.inputs,
     damping=config.damping,
     learning_rates=tuple(config.learning_rates),
-    distillation=ReconstructionSettings(config.distillation_steps, config.distillation_batch_size),
+    distillation=ReconstructionSettings(
+      config.distillation_steps,
+      config.distillation_batch_size,
+      sample_memory=config.sample_memory,
+    ),
   )
 
 

@@ -2,15 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import pathlib
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tokenizers
 from flax import nnx
 
 from apps import parity
@@ -31,7 +28,7 @@ from common.quantization.shift_and_scale import (
   threshold_scale,
 )
 from projects.outlier_suppression_plus import config as osp_config
-from projects.outlier_suppression_plus import encoder_experiment, experiment
+from projects.outlier_suppression_plus import experiment
 from projects.outlier_suppression_plus import outlier_suppression_plus as osp
 from projects.outlier_suppression_plus.methods import main_methods, settings_of
 from projects.outlier_suppression_plus.outlier_suppression import (
@@ -321,54 +318,6 @@ def test_bad_weights_activations_and_sizes(model, tokens):
   ):
     with pytest.raises(UserError, match=f"attention.*: {message}"):
       osp.quantize(model, tokens, dataclasses.replace(STATIC, **change))
-
-
-@pytest.fixture
-def classifier(tmp_path):
-  """A BERT classifier's folder with a tokenizer, and labelled sentences."""
-  folder = tmp_path / "bert"
-  shutil.copytree(CHECKPOINTS / "bert_sequence", folder)
-  size = json.loads((folder / "config.json").read_text())["vocab_size"]
-  words = tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w1")
-  tokenizer = tokenizers.Tokenizer(words)
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  tokenizer.save(str(folder / "tokenizer.json"))
-  names = Checkpoint(folder).config.labels
-  rng = np.random.default_rng(0)
-  lines = [
-    {
-      "sentence": " ".join(f"w{w}" for w in rng.integers(2, size, rng.integers(3, 9))),
-      "label": name,
-    }
-    for name in (names[i % len(names)] for i in range(12))
-  ]
-  labelled = tmp_path / "labelled.jsonl"
-  labelled.write_text("\n".join(map(json.dumps, lines)))
-  return folder, labelled
-
-
-def test_a_classification_task(classifier, tmp_path):
-  folder, labelled = classifier
-  config = osp_config.get_config("encoder")
-  config.encoder, config.labelled_train = str(folder), str(labelled)
-  config.encoder_settings = ()
-  with pytest.raises(UserError, match="give both"):
-    experiment.run(config, tmp_path)
-  config.labelled_test = str(labelled)
-  (table,) = experiment.run(config, tmp_path).tables
-  assert [c.name for c in table.columns[2:]] == ["accuracy", "macro F1", "Matthews"]
-  ((method, _, accuracy, *_),) = table.rows
-  model = Checkpoint(folder).load_model()
-  tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-  items = [json.loads(line) for line in labelled.read_text().splitlines()]
-  texts = encoder_experiment.encode(tokenizer, [(i["sentence"],) for i in items], 128)
-  found = encoder_experiment.predict(model, texts)
-  labels = [model.config.labels.index(item["label"]) for item in items]
-  assert method == "full precision" and accuracy == np.mean(found == labels)
-  assert 0 < accuracy < 1
-  labelled.write_text('{"sentence": "w3", "label": "maybe"}')
-  with pytest.raises(UserError, match="maybe"):
-    experiment.run(config, tmp_path)
 
 
 def test_tiny_run(tmp_path):

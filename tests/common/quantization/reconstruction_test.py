@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
+from common.errors import UserError
 from common.models.decoder import Block, make_context
 from common.models.surgery import get_module
 from common.quantization import rtn
@@ -22,7 +24,9 @@ from common.quantization.quantized_kernel import (
 from common.quantization.reconstruction import (
   Learned,
   ReconstructionSettings,
+  in_host_memory,
   reconstruct,
+  samples_at,
   squared_error,
 )
 from common.quantization.straight_through import straight_through
@@ -152,6 +156,57 @@ def test_a_context_of_every_sample_follows_its_rows(problem):
   one = reconstruct(student, x, target, context, jax.random.key(0), SETTINGS, ADAM)[1]
   each = reconstruct(student, x, target, per_sample, jax.random.key(0), SETTINGS, ADAM)[1]
   np.testing.assert_allclose(each.losses, one.losses, rtol=1e-3)
+
+
+def test_samples_in_host_memory_give_the_same_reconstruction():
+  """With QDrop: all three arrays of samples are fetched from there, wherever they were before."""
+
+  class Product(nnx.Module):
+    def __init__(self):
+      self.weight = Learned(jnp.eye(5))
+
+    def __call__(self, x):
+      return x @ self.weight[...]
+
+  settings = ReconstructionSettings(num_steps=6, batch_size=4, drop_probability=0.5)
+  in_host = dataclasses.replace(settings, sample_memory="pinned_host")
+  samples = jax.random.normal(jax.random.key(0), (3, 10, 6, 5))
+
+  def run(settings, samples):
+    return reconstruct(
+      Product(),
+      samples[0],
+      samples[1],
+      None,
+      jax.random.key(0),
+      settings,
+      ADAM,
+      full_precision_inputs=samples[2],
+      run=lambda student, x, context: student(x),
+    )
+
+  expected, expected_log = run(settings, samples)
+  assert float(expected_log.after) < float(expected_log.before)
+  there = [in_host_memory(x) for x in samples]
+  assert {x.sharding.memory_kind for x in there} == {"pinned_host"}
+  for arguments in ((in_host, samples), (in_host, there), (settings, there)):
+    learned, log = run(*arguments)
+    # The same sums, compiled anew.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), log, expected_log)
+    np.testing.assert_allclose(learned.weight[...], expected.weight[...], rtol=1e-5, atol=1e-6)
+
+
+def test_of_samples_in_host_memory_only_the_batch_is_copied():
+  """Two of 64 samples, as XLA counts temporary memory."""
+  samples = in_host_memory(jnp.ones((64, 32, 1024)))
+  mean = jax.jit(lambda x, rows: jnp.mean(samples_at(x, rows)))
+  compiled = mean.lower(samples, jnp.zeros(2, jnp.int32)).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 / 64 * samples.nbytes
+
+
+def test_an_unknown_memory_is_an_error():
+  with pytest.raises(UserError, match="sample_memory='disk'.*device, pinned_host"):
+    ReconstructionSettings(num_steps=1, batch_size=1, sample_memory="disk")
 
 
 def test_blocks_of_one_shape_compile_once(problem):
