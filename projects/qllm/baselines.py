@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from common.models.decoder import AttentionContext, Block, Decoder, DecoderConfig
@@ -84,18 +85,16 @@ def smoothquant(
   def quantize_block(index, block, x: Streams, context):
     inputs = block_inputs(block, x.quantized, context)
     mask, target = token_mask(x.quantized, context), run_block(block, x.full_precision, context)
-    best = None
+    candidates, errors = [], []
     for alpha in alphas:
       scaled = nnx.clone(block)
       for site in sites(config):
         kernels = list(get_kernels(block, list(site.linears)).values())
         scale = _smoothquant_scale(inputs[site.linears[0]], mask, kernels, alpha)
         fold_scale(scaled, site, scale)
-      rounded = round_block(scaled, settings)
-      error = float(jnp.mean((run_block(rounded, x.quantized, context) - target) ** 2))
-      if best is None or error < best[0]:
-        best = error, rounded
-    return best[1]
+      candidates.append(round_block(scaled, settings))
+      errors.append(_squared_error(run_block(candidates[-1], x.quantized, context), target))
+    return candidates[int(np.nanargmin(jax.device_get(errors)))]
 
   return quantize_model(model, tokens, quantize_block, stream="both")
 
@@ -262,4 +261,5 @@ def _pack_clipped(kernel: Array, clipping: Array, format: IntegerFormat) -> Quan
 
 
 _channel_range = jax.jit(channel_range)
+_squared_error = jax.jit(lambda y, target: jnp.mean((y - target) ** 2))
 _quantize = jax.jit(rtn.quantize, static_argnums=1)
