@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels.quantized_matmul.gpu_operands import (
   BLOCK_COLUMNS,
   SUB_STEP,
+  FloatCodes,
   as_stored,
   in_order_of_columns,
   in_order_of_inputs,
@@ -127,8 +128,7 @@ def quantized_matmul(
 
 @with_reference_gradient
 def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
-  *leading, inputs = x.shape
-  rows, columns = math.prod(leading), values.shape[-1]
+  columns = values.shape[-1]
   if scales.dtype != jnp.bfloat16:
     scales = scales.astype(jnp.float32)
   if scales.shape[1] != columns:
@@ -140,8 +140,36 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
       numbers.append(as_stored(zero_points, bits))
     else:
       numbers.append(in_order_of_columns(zero_points.astype(jnp.bfloat16), bits))
+  name = f"quantized_matmul_w{bits}"
+  return multiply_codes(x, values, numbers, bits, stored_bits=bits, name=name)
+
+
+def multiply_codes(
+  x: Array,
+  values: Array,
+  numbers: list[Array],
+  bits: int | FloatCodes,
+  *,
+  stored_bits: int,
+  name: str,
+) -> Array:
+  """x @ W of codes that `gpu_operands.widen` widens.
+
+  Args:
+    x: bfloat16 [..., inputs].
+    values: codes, as the public functions take them.
+    numbers: scales and, if there are any, zero points, [groups, columns] as `widen` takes them.
+    bits: 2, 3, 4 or 8, or codes of floating point.
+    stored_bits: of a code.
+    name: of the kernel, for profiles.
+
+  Returns:
+    [..., columns] in x's dtype.
+  """
+  *leading, inputs = x.shape
+  rows, columns = math.prod(leading), values.shape[-1]
   number_bytes = sum(n.dtype.itemsize for n in numbers)
-  cut = plan(rows, inputs, columns, len(scales), bits, number_bytes)
+  cut = plan(rows, inputs, columns, len(numbers[0]), stored_bits, number_bytes)
   x = jnp.pad(x.reshape(rows, inputs), ((0, -rows % cut.rows), (0, 0)))
   arrays = [in_order_of_inputs(x, bits), as_stored(values, bits), *numbers]
   decode = rows <= MAX_DECODE_ROWS
@@ -161,14 +189,14 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
       *results,
     ],
     compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    kernel_name=f"quantized_matmul_w{bits}_{'decode' if decode else 'prefill'}",
+    kernel_name=f"{name}_{'decode' if decode else 'prefill'}",
   )(*arrays)
   if decode:
     y = y.sum(axis=0).T
   return out_of_order_of_columns(y, bits)[:rows].astype(x.dtype).reshape(*leading, columns)
 
 
-def _decode_kernel(*refs, bits: int, cut: Plan):
+def _decode_kernel(*refs, bits: int | FloatCodes, cut: Plan):
   *arrays, y, weights, result = refs
   column, part = lax.axis_index("column"), lax.axis_index("other")
 
@@ -186,7 +214,7 @@ def _decode_kernel(*refs, bits: int, cut: Plan):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _prefill_kernel(*refs, bits: int, cut: Plan):
+def _prefill_kernel(*refs, bits: int | FloatCodes, cut: Plan):
   *arrays, y, weights = refs
   column, row = lax.axis_index("column"), lax.axis_index("other")
 
@@ -208,7 +236,7 @@ def _prefill_kernel(*refs, bits: int, cut: Plan):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _over_inputs(arrays, weights, multiply, block, bits: int, cut: Plan) -> None:
+def _over_inputs(arrays, weights, multiply, block, bits: int | FloatCodes, cut: Plan) -> None:
   """Calls multiply(x [rows, 64], widened weights [64, 128]) for the inputs of a block.
 
   Args:
@@ -216,7 +244,7 @@ def _over_inputs(arrays, weights, multiply, block, bits: int, cut: Plan) -> None
     weights: reference to shared memory, bfloat16 [2, 64, 128].
     multiply: starts a product of references.
     block: of rows, of inputs (see `Plan.parts`) and of columns.
-    bits: 2, 3, 4 or 8.
+    bits: 2, 3, 4 or 8, or codes of floating point.
     cut: the plan.
   """
   x, values, scales, *zero_points = arrays

@@ -54,7 +54,7 @@ def check(found, arrays, options):
     *(x.astype(jnp.float32) for x in arrays), implementation="xla", **options
   )  # fmt: skip
   assert found.shape == exact.shape and found.dtype == jnp.bfloat16
-  # Weights, at most 1 of a row's largest, and the result are rounded to bfloat16, 2^-9 each.
+  # Weights, at most 1 of a row's largest, and the result are rounded to bfloat16, 2^-8 each.
   bound = 2.0**-8 * (float(jnp.abs(arrays[2]).max()) + np.abs(exact))
   assert (np.abs(np.asarray(found, np.float32) - exact) <= bound).all()
 
