@@ -4,18 +4,26 @@ from collections.abc import Collection
 
 import jax
 
+from kernels.partitioning import can_cut
+
 HOPPER = ("9.0",)  # Compute capabilities of GPUs with wgmma, which newer ones have no more.
 
 
-def has_one_tpu(kinds: Collection[str] = ()) -> bool:
-  """Whether the process has one TPU and nothing else, of the given kinds if there are any.
+def has_tpu(kinds: Collection[str] = ()) -> bool:
+  """Whether what is traced now is for TPUs, of the given kinds if there are any, that kernels run on.
 
-  A kernel is not cut over several devices by the compiler.
+  These are the devices of the current mesh (`jax.set_mesh`), which may be of a slice that is only
+  compiled for, with axes that `partitioning` cuts kernels over; without a mesh the process's only one.
   """
-  devices = jax.devices()
-  if len(devices) != 1 or devices[0].platform != "tpu":
-    return False
-  return not kinds or devices[0].device_kind in kinds
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    devices = jax.devices()
+    device = devices[0] if len(devices) == 1 else None
+  else:
+    device = mesh.abstract_device if can_cut(mesh) else None
+  return (
+    device is not None and device.platform == "tpu" and (not kinds or device.device_kind in kinds)
+  )
 
 
 def has_one_gpu(compute_capabilities: Collection[str]) -> bool:

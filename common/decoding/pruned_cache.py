@@ -44,7 +44,7 @@ from common.decoding.split_attention import (
 from common.errors import UserError
 from common.models.decoder import Decoder, DecoderConfig, write_slots
 from kernels.attention.api import attention
-from kernels.platform import has_one_tpu
+from kernels.platform import has_tpu
 
 Array = jax.Array
 
@@ -304,7 +304,7 @@ def run_pruned(
       all_values = write_slots(full_values, value, cache.full_length, axis=2)
       updated.append((all_keys, all_values))
       parts = query, read(keys), read(values), channels, all_keys, all_values
-      if seq == 1 and has_one_tpu():
+      if seq == 1 and has_tpu():
         lengths = jnp.broadcast_to(cache.length, len(tokens)), last[:, 0] + 1
         return split_decode_attention(*parts, cache.starts, *lengths)
       return split_attention(*parts, allowed)

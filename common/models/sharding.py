@@ -17,6 +17,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from common.errors import UserError
+from kernels.partitioning import TENSOR_AXIS, TensorParallel
 
 PyTree = Any
 Table = Mapping[str, tuple[str | None, ...]]
@@ -117,6 +118,16 @@ def logical_axes(name: str, ndim: int, table: Table = PARAMETERS) -> tuple[str |
   if len(axes) != dims:
     raise ValueError(f"{name} has {ndim} dimensions; its logical axes are {layers + axes}")
   return layers + axes
+
+
+def tensor_parallel(path: str) -> TensorParallel | None:
+  """Which dimension of the kernel [in, out] of the linear at `path` the tensor axis cuts."""
+  try:
+    axes = logical_axes(f"{path}.kernel", 2)
+  except ValueError:
+    return None  # Of a model that the table does not know.
+  inputs, columns = (TENSOR_AXIS in RULES.get(axis, ()) for axis in axes)
+  return "inputs" if inputs else "columns" if columns else None
 
 
 def shardings(

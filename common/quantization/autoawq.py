@@ -16,6 +16,7 @@ from flax import nnx
 from common.checkpoints.tensors import tensor_name, to_hf
 from common.errors import UserError
 from common.models.decoder import DecoderConfig
+from common.models.sharding import tensor_parallel
 from common.models.surgery import get_module, replace_module
 from common.quantization.equivalent import ScaledActivation
 from common.quantization.linear import QuantizedLinear
@@ -108,7 +109,7 @@ def attach(module: nnx.Module, checkpoint: "Checkpoint", stems: Mapping[str, str
     shape = (layer.in_features, layer.out_features)
     weight = _decode(*(tensors[n] for n in names), format, shape, f"{checkpoint.path}: {stem}")
     bias = None if layer.bias is None else layer.bias[...]
-    replace_module(module, path, QuantizedLinear(weight, bias))
+    replace_module(module, path, QuantizedLinear(weight, bias, tensor_parallel(path)))
 
 
 def read_format(config: Mapping[str, Any] | None) -> IntegerFormat:

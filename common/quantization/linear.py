@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from common.models.sharding import tensor_parallel
 from common.models.surgery import get_module, linear_paths, replace_module
 from common.quantization.quantized_array import QuantizedArray
+from kernels.partitioning import TensorParallel
 from kernels.quantized_matmul.api import quantized_matmul
 
 Array = jax.Array
@@ -18,16 +20,32 @@ class QuantizedWeight(nnx.Variable):
 
 
 class QuantizedLinear(nnx.Module):
-  """x @ W + bias with W in low-bit codes; never holds the dequantized W."""
+  """x @ W + bias with W in low-bit codes; never holds the dequantized W.
 
-  def __init__(self, weight: QuantizedArray, bias: Array | None = None):
+  `tensor_parallel` says which dimension of W the mesh axis "tensor" cuts, as of `quantized_matmul`.
+  """
+
+  def __init__(
+    self,
+    weight: QuantizedArray,
+    bias: Array | None = None,
+    tensor_parallel: TensorParallel | None = None,
+  ):
     self.weight = QuantizedWeight(weight)
     self.bias = None if bias is None else nnx.Param(bias)
+    self.tensor_parallel = tensor_parallel
 
   def __call__(self, x: Array) -> Array:
     """[..., in] -> [..., out] in x's dtype."""
     w: QuantizedArray = self.weight.get_value()
-    y = quantized_matmul(x, w.values, w.scales, w.zero_points, bits=w.format.bits)
+    y = quantized_matmul(
+      x,
+      w.values,
+      w.scales,
+      w.zero_points,
+      bits=w.format.bits,
+      tensor_parallel=self.tensor_parallel,
+    )
     return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -35,7 +53,8 @@ def pack_linears(module: nnx.Module, weights: Mapping[str, QuantizedArray]) -> N
   """Replaces the linear at each path by a `QuantizedLinear` with its bias, in place."""
   for path, weight in weights.items():
     bias = get_module(module, path).bias
-    packed = QuantizedLinear(weight, None if bias is None else bias[...])
+    bias = None if bias is None else bias[...]
+    packed = QuantizedLinear(weight, bias, tensor_parallel(path))
     replace_module(module, path, packed)
 
 

@@ -1,14 +1,17 @@
 """Multi-head attention: the one public function for many queries."""
 
+import functools
 import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from kernels.attention import mosaic_gpu, mosaic_tpu, xla
 from kernels.attention.masks import Rule, Tokens
-from kernels.platform import has_one_tpu
+from kernels.partitioning import batch_axes, on_parts, tensor_axes, tensor_size
+from kernels.platform import has_tpu
 
 Array = jax.Array
 
@@ -56,8 +59,8 @@ def attention(
     scale: 1 / sqrt(key_dim) by default.
     implementation: "xla" for any platform; "mosaic_tpu" and "mosaic_gpu" (Hopper, bfloat16, neither
       mask nor bias, gradients as of "xla"), whose scores never leave the chip. None picks mosaic_tpu
-      for 128 queries or more in a process with one TPU, as the compiler does not cut a kernel over
-      several; mosaic_gpu, which has not run on a GPU yet, has to be named.
+      for 128 queries or more on one TPU, or on a mesh of them (`jax.set_mesh`), which then cuts batch
+      and heads (`kernels/partitioning.py`); mosaic_gpu, which has not run on a GPU yet, has to be named.
 
   Returns:
     [batch, heads, seq, value_dim] in query's dtype; scores and softmax are float32.
@@ -97,21 +100,51 @@ def attention(
       f"{implementation} does not support {problem}; implementation=None or 'xla' does"
     )
   if implementation is None:
-    if not problems["mosaic_tpu"] and seq >= mosaic_tpu.LANES and has_one_tpu():
+    if not problems["mosaic_tpu"] and seq >= mosaic_tpu.LANES and has_tpu():
       implementation = "mosaic_tpu"
     else:
       implementation = "xla"
-  return _IMPLEMENTATIONS[implementation].attention(
-    query,
-    key,
-    value,
-    queries,
-    keys,
-    Rule(causal, sliding_window),
-    alibi_slopes=alibi_slopes,
-    bias=bias,
+  run = functools.partial(
+    _run,
+    _IMPLEMENTATIONS[implementation],
+    rule=Rule(causal, sliding_window),
     scale=1 / math.sqrt(query.shape[-1]) if scale is None else scale,
   )
+  arrays = (query, key, value, queries, keys, alibi_slopes, bias)
+  return _on_mesh(run, *arrays) if implementation == "mosaic_tpu" else run(*arrays)
+
+
+def _run(implementation, query, key, value, queries, keys, slopes, bias, *, rule, scale) -> Array:
+  return implementation.attention(
+    query, key, value, queries, keys, rule, alibi_slopes=slopes, bias=bias, scale=scale
+  )
+
+
+def _on_mesh(run, query, key, value, queries, keys, slopes, bias) -> Array:
+  """`run`, batch and heads cut over the current mesh; tokens are whole."""
+  batch, heads = query.shape[:2]
+  # Fewer heads of keys than devices are there more than once, if that makes all heads divisible.
+  copies = math.lcm(key.shape[1], tensor_size()) // key.shape[1]
+  if copies > 1 and heads % (copies * key.shape[1]) == 0:
+    key, value = (jnp.repeat(x, copies, axis=1) for x in (key, value))
+  rows, of_heads = batch_axes(batch), tensor_axes(heads, key.shape[1])
+  operand = PartitionSpec(rows, of_heads)
+  one_or_all = lambda size, axes: axes if size > 1 else None
+  tokens = lambda x: Tokens(*(PartitionSpec(one_or_all(len(y), rows)) for y in x))
+  of_bias = PartitionSpec()
+  if bias is not None:
+    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+    of_bias = PartitionSpec(one_or_all(len(bias), rows), one_or_all(bias.shape[1], of_heads))
+  specs = (
+    operand,
+    operand,
+    operand,
+    tokens(queries),
+    tokens(keys),
+    PartitionSpec(of_heads),
+    of_bias,
+  )
+  return on_parts(run, specs, operand)(query, key, value, queries, keys, slopes, bias)
 
 
 def _check_shapes(query: Array, key: Array, value: Array) -> None:

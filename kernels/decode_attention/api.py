@@ -5,13 +5,16 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from kernels.decode_attention import mosaic_tpu, xla
-from kernels.platform import has_one_tpu
+from kernels.decode_attention import mosaic_gpu, mosaic_tpu, xla
+from kernels.partitioning import batch_axes, on_parts, tensor_axes
+from kernels.platform import has_tpu
 
 Array = jax.Array
 
 CACHE_DTYPES = (jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4)
+_IMPLEMENTATIONS = {"xla": xla, "mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
 def decode_attention(
@@ -28,7 +31,7 @@ def decode_attention(
   alibi_slopes: Array | None = None,
   scale: float | None = None,
   return_log_sum_exp: bool = False,
-  implementation: Literal["xla", "mosaic_tpu"] | None = None,
+  implementation: Literal["xla", "mosaic_tpu", "mosaic_gpu"] | None = None,
 ) -> Array | tuple[Array, Array]:
   """softmax(scale query key^T) value over slots starts ... lengths - 1 of each row's cache.
 
@@ -51,8 +54,10 @@ def decode_attention(
     scale: 1 / sqrt(key_dim) by default.
     return_log_sum_exp: whether to return a second array, with which the results over the parts of
       a cache, each of its own call, are joined exactly: the average with weights exp(log_sum_exp).
-    implementation: "xla" for any platform; "mosaic_tpu", which reads the slots of each row only;
-      None picks the best that supports the arguments: mosaic_tpu in a process with one TPU.
+    implementation: "xla" for any platform; "mosaic_tpu" and, for Hopper GPUs, "mosaic_gpu", which
+      read the slots of each row only; None picks the best that supports the arguments: mosaic_tpu on
+      one TPU, or on a mesh of them (`jax.set_mesh`), which then cuts batch and heads, pages by heads
+      only (`kernels/partitioning.py`). mosaic_gpu, which has not run on a GPU yet, has to be named.
 
   Returns:
     [batch, heads, value_dim] in query's dtype; scores and softmax are float32. With
@@ -62,9 +67,9 @@ def decode_attention(
   Raises:
     ValueError: shapes or types that do not belong together, or what the named implementation lacks.
   """
-  if implementation not in (None, "xla", "mosaic_tpu"):
+  if implementation is not None and implementation not in _IMPLEMENTATIONS:
     raise ValueError(
-      f"implementation {implementation!r} is not supported; supported: xla, mosaic_tpu"
+      f"implementation {implementation!r} is not supported; supported: {', '.join(_IMPLEMENTATIONS)}"
     )
   _check(query, keys, values, page_table, key_scales, value_scales)
   batch, heads, key_dim = query.shape
@@ -80,23 +85,48 @@ def decode_attention(
   starts = jnp.zeros_like(lengths) if starts is None else starts
   if sliding_window is not None:
     starts = jnp.maximum(starts, lengths - sliding_window)
-  problem = mosaic_tpu.unsupported(query, keys, values, page_table)
-  if implementation == "mosaic_tpu" and problem:
-    raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
-  if implementation is None and not problem and has_one_tpu():
+  problems = {
+    "mosaic_tpu": mosaic_tpu.unsupported(query, keys, values, page_table),
+    "mosaic_gpu": mosaic_gpu.unsupported(query, keys, values, page_table),
+  }
+  if problem := problems.get(implementation):
+    raise ValueError(
+      f"{implementation} does not support {problem}; implementation=None or 'xla' does"
+    )
+  if implementation is None and not problems["mosaic_tpu"] and has_tpu():
     implementation = "mosaic_tpu"
-  chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
-  out, log_sum_exp = chosen.decode_attention(
-    query,
-    keys,
-    values,
-    starts.astype(jnp.int32),
-    lengths.astype(jnp.int32),
-    page_table=page_table,
-    key_scales=key_scales,
-    value_scales=value_scales,
-    alibi_slopes=alibi_slopes,
-    scale=1 / math.sqrt(key_dim) if scale is None else scale,
+  chosen = _IMPLEMENTATIONS[implementation or "xla"]
+  scale = 1 / math.sqrt(key_dim) if scale is None else scale
+  function = lambda arrays: chosen.decode_attention(**arrays, scale=scale)
+  if implementation == "mosaic_tpu":
+    rows, of_heads = batch_axes(batch), tensor_axes(heads, keys.shape[1])
+    of_row, of_head = PartitionSpec(rows), PartitionSpec(rows, of_heads)
+    # Any row may have any page.
+    cache = of_head if page_table is None else PartitionSpec(None, of_heads)
+    specs = {
+      "query": of_head,
+      "keys": cache,
+      "values": cache,
+      "starts": of_row,
+      "lengths": of_row,
+      "page_table": of_row,
+      "key_scales": cache,
+      "value_scales": cache,
+      "alibi_slopes": PartitionSpec(of_heads),
+    }
+    function = on_parts(function, (specs,), of_head)
+  out, log_sum_exp = function(
+    {
+      "query": query,
+      "keys": keys,
+      "values": values,
+      "starts": starts.astype(jnp.int32),
+      "lengths": lengths.astype(jnp.int32),
+      "page_table": page_table,
+      "key_scales": key_scales,
+      "value_scales": value_scales,
+      "alibi_slopes": alibi_slopes,
+    }
   )
   return (out, log_sum_exp) if return_log_sum_exp else out
 

@@ -1,13 +1,16 @@
 """Matrix products of quantized activations and weights in integers."""
 
+import functools
 import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from kernels.integer_matmul import mosaic_tpu, xla
-from kernels.platform import has_one_tpu
+from kernels.partitioning import of_rows, on_parts, part, tensor_size
+from kernels.platform import has_tpu
 
 Array = jax.Array
 
@@ -47,7 +50,8 @@ def integer_matmul(
       2^bits - 1. None for symmetric codes, -2^(bits-1) to 2^(bits-1) - 1.
     implementation: "xla" for any arguments and platform; "mosaic_tpu" quantizes x in a kernel (see
       its `unsupported`), and leaves the product to XLA. None picks mosaic_tpu for 2048 rows or more
-      in a process with one TPU v5p.
+      on each TPU v5p: of one, or of a mesh of them (`jax.set_mesh`) without a tensor axis, which
+      cuts x's first dimension (`kernels/partitioning.py`).
 
   Returns:
     [..., out] in x's dtype. Differentiable by x, straight through the rounding: the gradient is that
@@ -73,16 +77,22 @@ def integer_matmul(
       token = (*x.shape[:-1], 1)
       if jnp.broadcast_shapes(jnp.shape(array), token) != token:
         raise ValueError(f"activation_{name} {jnp.shape(array)} do not broadcast to {token}")
-  problem = mosaic_tpu.unsupported(x, activation_scales)
+  rows = of_rows(x)
+  on_device = part(x, rows)
+  problem = mosaic_tpu.unsupported(on_device, activation_scales)
   if problem and implementation == "mosaic_tpu":
     raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
   if implementation is None:
-    many = math.prod(x.shape[:-1]) >= _MOSAIC_TPU_ROWS
-    pays = many and not problem and has_one_tpu(_MOSAIC_TPU_KINDS)
+    many = math.prod(on_device.shape[:-1]) >= _MOSAIC_TPU_ROWS
+    # The channels of x may be cut, and XLA then takes the largest value of the parts' largest.
+    pays = many and not problem and tensor_size() == 1 and has_tpu(_MOSAIC_TPU_KINDS)
     implementation = "mosaic_tpu" if pays else "xla"
-  return _IMPLEMENTATIONS[implementation].integer_matmul(
-    x, values, scales, activation_scales, activation_zero_points, activation_bits
+  function = functools.partial(
+    _IMPLEMENTATIONS[implementation].integer_matmul, activation_bits=activation_bits
   )
+  if implementation == "mosaic_tpu":
+    function = on_parts(function, (rows, *(PartitionSpec(),) * 4), rows)
+  return function(x, values, scales, activation_scales, activation_zero_points)
 
 
 def scaled_matmul(

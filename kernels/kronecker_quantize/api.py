@@ -8,14 +8,17 @@ X [n1, n2] in row-major order, by
 with n (n1 + n2) multiplications instead of n^2 (Sun et al., "FlatQuant", 2024, equations 3 and 4).
 """
 
+import functools
 import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from kernels.kronecker_quantize import mosaic_tpu, xla
-from kernels.platform import has_one_tpu
+from kernels.partitioning import of_rows, on_parts, part
+from kernels.platform import has_tpu
 
 Array = jax.Array
 
@@ -60,8 +63,8 @@ def kronecker_quantize(
     implementation: "xla" for any arguments and platform; "mosaic_tpu", which reads x and writes the
       codes once (see its `unsupported`), and may round a value differently that lies at the middle
       of two codes but for the products' rounding. None picks mosaic_tpu where it supports the
-      arguments, of 16 rows or more in a process with one TPU, as the compiler does not cut a kernel
-      over several.
+      arguments, of 16 rows or more on each TPU: of one, or of a mesh of them (`jax.set_mesh`), which
+      cuts x's first dimension (`kernels/partitioning.py`).
 
   Returns:
     codes int8 [..., n] and their scales float32 [..., 1]; the transformed x is about codes * scales.
@@ -79,14 +82,19 @@ def kronecker_quantize(
     raise ValueError(f"{bits} bits are not supported; supported: 2 to 8")
   if clip is not None and clip.shape != (2,):
     raise ValueError(f"clip has shape {clip.shape}, expected (2,)")
-  problem = mosaic_tpu.unsupported(x, left, right)
+  rows = of_rows(x)
+  on_device = part(x, rows)
+  problem = mosaic_tpu.unsupported(on_device, left, right)
   if implementation == "mosaic_tpu" and problem:
     raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
-  rows = math.prod(x.shape[:-1])
-  if implementation is None and not problem and rows >= _FEWEST_ROWS_IN_KERNEL and has_one_tpu():
-    implementation = "mosaic_tpu"
-  chosen = mosaic_tpu if implementation == "mosaic_tpu" else xla
-  return chosen.kronecker_quantize(x, left, right, clip, bits)
+  many = math.prod(on_device.shape[:-1]) >= _FEWEST_ROWS_IN_KERNEL
+  if implementation == "mosaic_tpu" or (
+    implementation is None and not problem and many and has_tpu()
+  ):
+    kernel = functools.partial(mosaic_tpu.kronecker_quantize, bits=bits)
+    whole = PartitionSpec()
+    return on_parts(kernel, (rows, whole, whole, whole), rows)(x, left, right, clip)
+  return xla.kronecker_quantize(x, left, right, clip, bits)
 
 
 def _check(x: Array, left: Array, right: Array) -> None:

@@ -4,11 +4,26 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from kernels.lookup_matmul import mosaic_tpu, xla
-from kernels.lookup_matmul.packing import index_bits, pack_indices, packed_shape, unpack_indices
+from kernels.lookup_matmul.packing import (
+  group_rows,
+  index_bits,
+  pack_indices,
+  packed_shape,
+  unpack_indices,
+)
 from kernels.lookup_matmul.xla import lookup
-from kernels.platform import has_one_tpu
+from kernels.partitioning import (
+  TensorParallel,
+  of_rows,
+  on_parts,
+  part,
+  tensor_size,
+  weight_axes,
+)
+from kernels.platform import has_tpu
 
 __all__ = ["index_bits", "lookup", "lookup_matmul", "pack_indices", "unpack_indices"]
 
@@ -29,6 +44,7 @@ def lookup_matmul(
   residual_codebooks: Array | None = None,
   *,
   columns: int,
+  tensor_parallel: TensorParallel | None = None,
   implementation: Literal["xla", "mosaic_tpu"] | None = None,
 ) -> Array:
   """Computes x @ W for W = codebook[index] (+ residual_codebook[residual_index]).
@@ -40,9 +56,12 @@ def lookup_matmul(
       65536.
     residual_planes, residual_codebooks: of the second stage, or None.
     columns: out.
+    tensor_parallel: "columns" or "inputs", whichever of W the mesh axis "tensor" cuts; None if
+      neither. For mosaic_tpu: XLA sees how the arrays lie.
     implementation: "xla" for any arguments and platform, "mosaic_tpu" for a few rows on TPU (see its
       `unsupported`). None picks mosaic_tpu where it supports the arguments, for up to 8192 centroids,
-      in a process with one TPU, as the compiler does not cut a kernel over several.
+      on one TPU, or each TPU's part of them on a mesh of TPUs (`jax.set_mesh`), which cuts x's first
+      dimension and W (`kernels/partitioning.py`), unless the mesh has a tensor axis and W is whole.
 
   Returns:
     float32 [..., out], accumulated in float32. With bfloat16 x the weights are rounded to bfloat16:
@@ -72,12 +91,48 @@ def lookup_matmul(
     expected = packed_shape(x.shape[-1], k, -(-columns // v))
     if packed.dtype != jnp.uint32 or packed.shape != expected:
       raise ValueError(f"{name} are {packed.dtype} {packed.shape}, expected uint32 {expected}")
-  problem = next(filter(None, (mosaic_tpu.unsupported(x, books) for _, _, books in stages)), None)
+  weights = [(packed, books) for _, packed, books in stages]
+  inputs_cut, columns_cut = _cut(x, weights, columns, tensor_parallel)
+  x_spec = of_rows(x, inputs_cut)
+  specs = [
+    (
+      PartitionSpec(inputs_cut, None, columns_cut),
+      PartitionSpec(inputs_cut if len(books) > 1 else ()),
+    )
+    for _, books in weights
+  ]
+  problems = (
+    mosaic_tpu.unsupported(part(x, x_spec), part(books, spec))
+    for (_, books), (_, spec) in zip(weights, specs)
+  )
+  problem = next(filter(None, problems), None)
   if implementation == "mosaic_tpu" and problem:
     raise ValueError(f"mosaic_tpu does not support {problem}; implementation=None or 'xla' does")
   if implementation is None:
-    pays = not problem and all(books.shape[1] <= _MAX_CENTROIDS for _, _, books in stages)
-    implementation = "mosaic_tpu" if pays and has_one_tpu(_MOSAIC_TPU_KINDS) else "xla"
-  if implementation == "mosaic_tpu":
-    return sum(mosaic_tpu.lookup_matmul(x, packed, books, columns) for _, packed, books in stages)
-  return xla.lookup_matmul(x, planes, codebooks, residual_planes, residual_codebooks, columns)
+    pays = not problem and all(books.shape[1] <= _MAX_CENTROIDS for _, books in weights)
+    # To gather a weight, or to compute all of it everywhere, costs more than XLA's product of parts.
+    pays = pays and (tensor_size() == 1 or bool(inputs_cut or columns_cut))
+    implementation = "mosaic_tpu" if pays and has_tpu(_MOSAIC_TPU_KINDS) else "xla"
+  if implementation == "xla":
+    return xla.lookup_matmul(x, planes, codebooks, residual_planes, residual_codebooks, columns)
+  columns //= tensor_size() if columns_cut else 1
+
+  def multiply(x, weights):
+    y = sum(mosaic_tpu.lookup_matmul(x, packed, books, columns) for packed, books in weights)
+    return jax.lax.psum(y, inputs_cut) if inputs_cut else y
+
+  return on_parts(multiply, (x_spec, specs), of_rows(x, columns_cut))(x, weights)
+
+
+def _cut(x: Array, weights, columns: int, tensor_parallel: TensorParallel | None):
+  """As `weight_axes`; groups of packed inputs and vectors stay whole."""
+  inputs = x.shape[-1]
+  can_be = {
+    "inputs": inputs % group_rows(inputs) == 0,
+    "columns": all(columns % books.shape[2] == 0 for _, books in weights),
+  }
+  return weight_axes(
+    tensor_parallel if can_be.get(tensor_parallel, True) else None,
+    inputs=tuple(size for packed, books in weights for size in (len(packed), len(books))),
+    columns=tuple(packed.shape[2] for packed, _ in weights),
+  )

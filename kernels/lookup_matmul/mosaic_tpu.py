@@ -67,8 +67,8 @@ def lookup_matmul(x: Array, packed: Array, codebooks: Array, columns: int) -> Ar
   *leading, inputs = x.shape
   rows, (books, k, v) = math.prod(leading), codebooks.shape
   vectors = packed.shape[-1]
-  if group_rows(inputs) < GROUP_ROWS:  # Few inputs: cheap to pack again.
-    indices = jnp.pad(unpack_indices(packed, inputs), ((0, GROUP_ROWS - inputs), (0, 0)))
+  if group_rows(inputs) < GROUP_ROWS:  # Fewer than 4096 inputs: cheap to pack again.
+    indices = jnp.pad(unpack_indices(packed, inputs), ((0, -inputs % GROUP_ROWS), (0, 0)))
     packed = pack_indices(indices, k)
   groups, words, _ = packed.shape
   parts = _parts(x.dtype)

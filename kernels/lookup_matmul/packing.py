@@ -1,7 +1,7 @@
 """How the indices of vectors are packed into 32-bit words. Only this file knows the layout.
 
-Rows of indices are taken in groups of 256, or all in one group of a multiple of 32 if there are fewer.
-An index of b bits is cut into fields of 16, 8, 4, 2 or 1 bits, one for each bit set in b: 12 bits are
+Rows of indices are taken in groups of 256, or of fewer where padding to 256 would cost much
+(`group_rows`). An index of b bits is cut into fields of 16, 8, 4, 2 or 1 bits, one for each bit set in b: 12 bits are
 the 8 low ones and the 4 high ones. A field of f bits of a group of G rows takes G f / 32 words of each
 column, after those of the fields before it, so that no bit is lost: word w has rows w, w + G f / 32,
 w + 2 G f / 32, ..., the first one in its lowest bits. One shift and one mask take a field of as many
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-GROUP_ROWS = 256
+GROUP_ROWS = 256  # Of the groups that the kernel reads as they are.
 _WORD_BITS = 32
 
 
@@ -34,8 +34,14 @@ def index_fields(bits: int) -> list[int]:
 
 
 def group_rows(rows: int) -> int:
-  """Rows of a group."""
-  return min(GROUP_ROWS, max(-(-rows // _WORD_BITS), 1) * _WORD_BITS)
+  """Rows of a group: 256 if they pad by a sixteenth at most, as they do any large number of rows.
+
+  Otherwise the multiple of 32 up to 256 that pads least, the largest of those: 192 for 384 rows.
+  """
+  padding = lambda group: max(-(-rows // group), 1) * group - rows
+  if 16 * padding(GROUP_ROWS) <= rows:
+    return GROUP_ROWS
+  return min(range(GROUP_ROWS, 0, -_WORD_BITS), key=padding)
 
 
 def packed_shape(rows: int, num_centroids: int, vectors: int) -> tuple[int, int, int]:

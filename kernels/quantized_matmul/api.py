@@ -1,11 +1,21 @@
 """Matrix product with weight-only quantized weights: the one public function."""
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from kernels.platform import has_one_tpu
+from kernels.partitioning import (
+  TensorParallel,
+  of_rows,
+  on_parts,
+  part,
+  tensor_size,
+  weight_axes,
+)
+from kernels.platform import has_tpu
 from kernels.quantized_matmul import mosaic_gpu, mosaic_tpu, xla
 from kernels.quantized_matmul.packing import SUPPORTED_BITS, WORD_ROWS, packed_dtype
 
@@ -26,6 +36,7 @@ def quantized_matmul(
   low_rank: tuple[Array, Array] | None = None,
   input_scale: Array | None = None,
   input_shift: Array | None = None,
+  tensor_parallel: TensorParallel | None = None,
   implementation: Literal["xla", "mosaic_tpu", "mosaic_gpu"] | None = None,
 ) -> Array:
   """Computes x @ W for W [in, out] stored in low-bit codes, and what methods put around it:
@@ -47,10 +58,14 @@ def quantized_matmul(
     bits: 2, 3, 4, 6 or 8; 6-bit codes are stored as 8-bit ones.
     low_rank: A [in, r] and B [r, out], floating point.
     input_scale: s, [in]; input_shift: z, [in], floating point. x~ is rounded to x's dtype.
+    tensor_parallel: "columns" or "inputs", whichever of W the mesh axis "tensor" cuts; None if
+      neither. For mosaic_tpu: XLA sees how the arrays lie.
     implementation: "xla" for any arguments and platform, "mosaic_tpu" for a few rows on TPU,
       "mosaic_gpu" for bfloat16 x on Hopper GPUs (see their `unsupported`). None picks mosaic_tpu
-      where it supports the arguments, in a process with one TPU, as the compiler does not cut a kernel
-      over several; mosaic_gpu, which has not run on a GPU yet, has to be named.
+      where it supports the arguments, on one TPU, or each TPU's part of them on a mesh of TPUs
+      (`jax.set_mesh`), which cuts x's first dimension and W (`kernels/partitioning.py`), unless the
+      mesh has a tensor axis and W is whole. mosaic_gpu, which has not run on a GPU yet, has to be
+      named.
 
   Returns:
     [..., out] in x's dtype; sums are accumulated in float32. Differentiable by x, scales, low_rank,
@@ -85,8 +100,20 @@ def quantized_matmul(
   _check_around(low_rank, input_scale, input_shift, rows, columns)
   if bits == 6:
     bits = 8  # The same arrays: zero points are absolute, and signs are extended.
+  # Whole groups, and as many on each device.
+  inputs_cut, columns_cut = weight_axes(
+    tensor_parallel,
+    inputs=(rows, values.shape[0], scales.shape[0]),
+    columns=(columns, scales.shape[1]),
+  )
+  x_spec, values_spec = of_rows(x, inputs_cut), PartitionSpec(inputs_cut, columns_cut)
+  scales_spec = PartitionSpec(
+    inputs_cut if scales.shape[0] > 1 else (), columns_cut if scales.shape[1] > 1 else ()
+  )
+  x_part = part(x, x_spec, jnp.float32 if inputs_cut else x.dtype)
+  parts = x_part, part(values, values_spec), part(scales, scales_spec)
   problems = {
-    "mosaic_tpu": mosaic_tpu.unsupported(x, values, scales, bits=bits),
+    "mosaic_tpu": mosaic_tpu.unsupported(*parts, bits=bits),
     "mosaic_gpu": mosaic_gpu.unsupported(x, values, scales, bits=bits),
   }
   if problem := problems.get(implementation):
@@ -94,14 +121,26 @@ def quantized_matmul(
       f"{implementation} does not support {problem}; implementation=None or 'xla' does"
     )
   if implementation is None:
-    if not problems["mosaic_tpu"] and has_one_tpu(_MOSAIC_TPU_KINDS):
+    # To gather a weight, or to compute all of it everywhere, costs more than XLA's product of parts.
+    cut = tensor_size() == 1 or inputs_cut or columns_cut
+    if not problems["mosaic_tpu"] and cut and has_tpu(_MOSAIC_TPU_KINDS):
       implementation = "mosaic_tpu"
     else:
       implementation = "xla"
   # XLA does what is around a kernel: on TPU it all stays on the chip (benchmarks/kernels/fused_tpu).
   x = xla.transform_input(x, input_scale, input_shift)
-  y = _IMPLEMENTATIONS[implementation].quantized_matmul(x, values, scales, zero_points, bits=bits)
+  function = functools.partial(_IMPLEMENTATIONS[implementation].quantized_matmul, bits=bits)
+  if implementation == "mosaic_tpu":
+    function = functools.partial(_sum_of_products, function, inputs_cut) if inputs_cut else function
+    specs = (x_spec, values_spec, scales_spec, scales_spec)
+    function = on_parts(function, specs, of_rows(x, columns_cut))
+  y = function(x, values, scales, zero_points)
   return y if low_rank is None else xla.add_low_rank(y, x, *low_rank)
+
+
+def _sum_of_products(product, axes, x, *weight) -> Array:
+  """The products of parts of x and W, summed over the devices before they are rounded to x's type."""
+  return jax.lax.psum(product(x.astype(jnp.float32), *weight), axes).astype(x.dtype)
 
 
 def _check_around(low_rank, input_scale, input_shift, rows: int, columns: int) -> None:

@@ -13,7 +13,7 @@ operations for two registers of 8-bit operands (19 for eight registers of 3-bit 
   or 64 each has rows of digits of its own, zero outside of the group. Zero points come off by a
   second, small product: (x's sums over the groups) @ (scales * zero points).
 
-Scales along the output are in `tpu_output_groups`, 33 to 64 rows of bfloat16 in `tpu_bfloat16`.
+Scales along the output are in `tpu_output_groups`, many rows of bfloat16 in `tpu_bfloat16`.
 """
 
 import functools
@@ -104,13 +104,16 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
   padded = of_rows * copies
   x = jnp.pad(x.reshape(rows, inputs), ((0, of_rows - rows), (0, 0)))
   x = jnp.tile(x, (copies, 1))
-  groups = inputs // group
+  groups = len(scales)
+  parts = inputs // groups // group
   sizes = {"bits": bits, "inputs": inputs, "group": group, "rows": padded, "out_rows": of_rows}
   w = weights(values, scales, zero_points, **sizes)
   blocks = w.grid[2]
   activation_block = largest_divisor(w.block, max(group, LANES), ACTIVATION_BLOCK)
   out = pl.pallas_call(
-    functools.partial(_kernel, bits=bits, group=group, activation_block=activation_block),
+    functools.partial(
+      _kernel, bits=bits, group=group, parts=parts, activation_block=activation_block
+    ),
     grid=w.grid,
     in_specs=[w.activations, *w.specs],
     out_specs=w.out,
@@ -130,11 +133,26 @@ def _quantized_matmul(x, values, scales, zero_points, bits: int) -> Array:
   return out[:rows].reshape(*leading, columns)
 
 
-def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: int):
-  *zero_points, out, total, float_scales, digits, steps, sums = rest
+def _kernel(
+  x,
+  values,
+  scales,
+  zero_points,
+  out,
+  total,
+  float_scales,
+  digits,
+  steps,
+  sums,
+  *,
+  bits: int,
+  group: int,
+  parts: int,
+  activation_block: int,
+):
   rows, inputs = x.shape
   column, block, blocks = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
-  first_group = block * (inputs // group)
+  group_at = lambda at: jax.lax.div(block * (inputs // group) + at // group, parts)
   first_step = block * (inputs // activation_block)
 
   @pl.when((column == 0) & (block == 0))
@@ -151,12 +169,12 @@ def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: i
       for at in range(0, activation_block, LANES):
         chunk = both[:, at : at + LANES]
         digits[block, :, start + at : start + at + LANES] = in_order_of_codes(chunk, bits)
-        if zero_points:
+        if zero_points is not None:
           input, of = (
             jax.lax.broadcasted_iota(jnp.int32, (LANES, sums.shape[1]), axis) for axis in (0, 1)
           )
           group_of_input = input >> group.bit_length() - 1 if group < LANES else 0
-          is_group = of == first_group + (start + at) // group + group_of_input
+          is_group = of == group_at(start + at) + group_of_input
           of_group = jnp.dot(chunk, is_group.astype(jnp.int8), preferred_element_type=jnp.int32)
           sums[...] += ((of_group[:rows] << 8) + of_group[rows:]).astype(jnp.float32) * step
       steps[first_step + i] = jnp.broadcast_to(step * 2.0 ** (bits - 8), (rows, LANES))
@@ -175,17 +193,18 @@ def _kernel(x, values, scales, *rest, bits: int, group: int, activation_block: i
       )
       product = jnp.dot(digits[block, :, at : at + summed], codes, preferred_element_type=jnp.int32)
       product = (product[:rows] << 8) + product[rows:]
-      at_group = first_group + at // group
-      by_copy = [float_scales[pl.ds(at_group + i, 1)] for i in range(summed // group)]
+      by_copy = [float_scales[pl.ds(group_at(at) + i, 1)] for i in range(summed // group)]
       part += product.astype(jnp.float32) * _of_rows(by_copy, rows)
     total[...] += part * jnp.tile(steps[first_step + i], (1, out.shape[1] // LANES))
 
   @pl.when(block == blocks - 1)
   def _():
     y = total[...]
-    if zero_points:
-      offsets = float_scales[...] * zero_points[0][...].astype(jnp.float32)
-      y -= float32_dot(sums[:, : scales.shape[0]], offsets)
+    if zero_points is not None:
+      # Unsigned codes are read as signed ones, which are 2^(bits - 1) less.
+      zeros = zero_points[...].astype(jnp.int32) - 2 ** (bits - 1)
+      offsets = float_scales[...] * zeros.astype(jnp.float32)
+      y -= float32_dot(sums[:, : len(offsets)], offsets)
     of_rows = len(out)
     y = sum(y[start : start + of_rows] for start in range(0, rows, of_rows))
     out[...] = y.astype(out.dtype)

@@ -1,8 +1,17 @@
-"""Weight-only product of 33 to 64 rows of bfloat16 on TPU.
+"""Weight-only product of many rows of bfloat16, up to 64, on TPU.
 
 Two 8-bit digits of so many rows are twice the work for the matrix unit: they are multiplied as they
-are, by codes that the same unpacking gives and that are exact in bfloat16. Groups are along the
-input, of a multiple of 128; the rest is as in `mosaic_tpu`.
+are, by codes that are exact in bfloat16. How codes become bfloat16 depends on the chip:
+
+- A v6e converts 4- and 8-bit integers by one vector operation for each register of bfloat16.
+- A v5e and a v5p go by way of int32 and float32, five for two registers. But b bits at the top of a
+  mantissa beside a constant exponent are 2^b + code: a shift and two bit operations make a register of
+  a word's codes. The 2^b come off with the zero points,
+
+    y = sum over groups of s (x @ (2^b + code)) - (x's sums over the groups) @ (s (2^b + zero)).
+
+Where the codes come out in another order of the input dimension, x is put in the same order. Groups
+are along the input, of a multiple of 128; the rest is as in `mosaic_tpu`.
 """
 
 import functools
@@ -13,28 +22,31 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.quantized_matmul.packing import RUN_ROWS, WORD_ROWS
 from kernels.quantized_matmul.tpu_operands import (
   ACTIVATION_BLOCK,
   LANES,
   ROW_TILE,
   VMEM_BYTES,
+  chip,
+  every,
   float32_dot,
-  in_order_of_codes,
   unpacked_codes,
   weights,
 )
 
 Array = jax.Array
 
-_FEWEST_ROWS = 33  # Fewer are faster as digits.
+_MANTISSA = 7  # Bits of bfloat16's.
 
 
 def supported(x: Array, values: Array, scales: Array) -> bool:
   """Of the arguments that `mosaic_tpu` supports, those that are multiplied here."""
   along_input = scales.shape[1] == values.shape[1]
   whole = along_input and x.shape[-1] // scales.shape[0] % LANES == 0
-  rows = math.prod(x.shape[:-1])
-  return x.dtype == jnp.bfloat16 and rows >= _FEWEST_ROWS and whole
+  # Fewer rows are faster as digits.
+  enough = math.prod(x.shape[:-1]) > (16 if converts_integers() else 32)
+  return x.dtype == jnp.bfloat16 and enough and whole
 
 
 def quantized_matmul(
@@ -42,27 +54,28 @@ def quantized_matmul(
 ) -> Array:
   """As `api.quantized_matmul`; scales [groups, columns]."""
   *leading, inputs = x.shape
-  columns, rows = values.shape[1], math.prod(leading)
+  columns, rows, groups = values.shape[1], math.prod(leading), len(scales)
   padded = -(-rows // ROW_TILE) * ROW_TILE
   x = jnp.pad(x.reshape(rows, inputs), ((0, padded - rows), (0, 0)))
   # Long groups are summed in parts.
-  group = math.gcd(inputs // len(scales), ACTIVATION_BLOCK)
-  groups = inputs // group
-  sizes = {"bits": bits, "inputs": inputs, "group": group, "rows": padded, "out_rows": padded}
+  summed = math.gcd(inputs // groups, ACTIVATION_BLOCK)
+  sizes = {"bits": bits, "inputs": inputs, "group": summed, "rows": padded, "out_rows": padded}
   w = weights(values, scales, zero_points, **sizes)
-  blocks = w.grid[2]
+  in_mantissas = bits < 8 and not converts_integers()
+  reorders = in_mantissas or bits == 2
   out = pl.pallas_call(
-    functools.partial(_kernel, bits=bits, group=group),
+    functools.partial(_kernel, bits=bits, in_mantissas=in_mantissas, inputs=w.block, summed=summed),
     grid=w.grid,
-    in_specs=[w.activations, *w.specs],
+    # All of x is on the chip, where the operation before mostly leaves it.
+    in_specs=[pl.BlockSpec(memory_space=pltpu.VMEM), *w.specs],
     out_specs=w.out,
     out_shape=jax.ShapeDtypeStruct((padded, columns), x.dtype),
-    scratch_shapes=[
-      pltpu.VMEM((padded, w.block_columns), jnp.float32),
-      pltpu.VMEM((groups, w.block_columns), jnp.float32),
-      pltpu.VMEM((blocks, padded, w.block), jnp.bfloat16),
-      pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
-    ],
+    scratch_shapes={
+      "total": pltpu.VMEM((padded, w.block_columns), jnp.float32),
+      "float_scales": pltpu.VMEM((groups, w.block_columns), jnp.float32),
+      "sums": pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
+      "ordered": pltpu.VMEM((w.grid[2], padded, w.block), x.dtype) if reorders else None,
+    },
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
     ),
@@ -71,11 +84,34 @@ def quantized_matmul(
   return out[:rows].reshape(*leading, columns)
 
 
-def _kernel(x, values, scales, *rest, bits: int, group: int):
-  *zero_points, out, total, float_scales, ordered, sums = rest
-  inputs = x.shape[1]
+def converts_integers() -> bool:
+  """Whether the chip makes bfloat16 of integers by one operation; not if JAX knows of no chip."""
+  info = chip()
+  return info is not None and info.generation >= 6
+
+
+def _kernel(
+  x,
+  values,
+  scales,
+  zero_points,
+  out,
+  *,
+  total,
+  float_scales,
+  sums,
+  ordered,
+  bits: int,
+  in_mantissas: bool,
+  inputs: int,
+  summed: int,
+):
   column, block, blocks = pl.program_id(1), pl.program_id(2), pl.num_programs(2)
-  first_group = block * (inputs // group)
+  group, signed = x.shape[1] // len(scales), zero_points is None
+  group_at = lambda at: jax.lax.div(block * inputs + at, group)
+  x_at = lambda at, size: x[:, pl.ds(pl.multiple_of(block * inputs + at, LANES), size)]
+  unit, offset = _unit_and_offset(bits, signed=signed, in_mantissas=in_mantissas)
+  has_offsets = offset != 0 or not signed
 
   @pl.when((column == 0) & (block == 0))
   def _():
@@ -83,17 +119,20 @@ def _kernel(x, values, scales, *rest, bits: int, group: int):
 
   @pl.when(column == 0)
   def _():
-    group_of_lane = jax.lax.broadcasted_iota(jnp.int32, (1, sums.shape[1]), 1)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (LANES, sums.shape[1]), 1)
     x_sums = jnp.zeros(sums.shape, sums.dtype)
-    for at in range(0, inputs, LANES):
-      chunk = x[:, at : at + LANES]
-      ordered[block, :, at : at + LANES] = in_order_of_codes(chunk, bits)
-      if zero_points:
-        is_group = (group_of_lane == first_group + at // group).astype(x.dtype)
-        is_group = jnp.broadcast_to(is_group, (LANES, sums.shape[1]))
-        x_sums += jnp.dot(chunk, is_group, preferred_element_type=jnp.float32)
-    if zero_points:
-      sums[...] += x_sums
+    for start in range(0, inputs, ACTIVATION_BLOCK):
+      chunks = range(start, min(start + ACTIVATION_BLOCK, inputs), LANES)
+      if ordered is not None:
+        order = _order(bits, in_mantissas=in_mantissas)
+        for at in chunks:
+          in_order = jnp.dot(x_at(at, LANES), order, preferred_element_type=jnp.float32)
+          ordered[block, :, at : at + LANES] = in_order.astype(x.dtype)
+      if has_offsets:
+        is_group = jnp.concatenate([lane == group_at(at) for at in chunks]).astype(x.dtype)
+        of_group = x_at(start, len(is_group))
+        x_sums += jnp.dot(of_group, is_group, preferred_element_type=jnp.float32)
+    sums[...] += x_sums
 
   @pl.when(block == 0)
   def _():
@@ -101,18 +140,98 @@ def _kernel(x, values, scales, *rest, bits: int, group: int):
     total[...] = jnp.zeros(total.shape, total.dtype)
 
   part = total[...]
-  for at in range(0, inputs, group):
-    codes = jnp.concatenate(
-      [unpacked_codes(values, j, bits) for j in range(at, at + group, LANES)]
-    ).astype(x.dtype)
-    product = jnp.dot(ordered[block, :, at : at + group], codes, preferred_element_type=jnp.float32)
-    part += product * float_scales[pl.ds(first_group + at // group, 1)]
+  for at in range(0, inputs, summed):
+    chunks = range(at, at + summed, LANES)
+    unpack = _in_mantissas if in_mantissas else _converted
+    codes = [unpack(values, j, bits, signed=signed) for j in chunks]
+    in_order = x_at(at, summed) if ordered is None else ordered[block, :, at : at + summed]
+    product = jnp.dot(in_order, jnp.concatenate(codes), preferred_element_type=jnp.float32)
+    part += product * float_scales[pl.ds(group_at(at), 1)]
   total[...] = part
 
   @pl.when(block == blocks - 1)
   def _():
-    y = total[...] * 2.0 ** (bits - 8)
-    if zero_points:
-      offsets = float_scales[...] * zero_points[0][...].astype(jnp.float32)
-      y -= float32_dot(sums[:, : len(offsets)], offsets)
+    y = total[...] * unit
+    if has_offsets:
+      zeros = 0.0 if signed else zero_points[...].astype(jnp.int32).astype(jnp.float32)
+      y -= float32_dot(sums[:, : len(scales)], float_scales[...] * (zeros + offset))
     out[...] = y.astype(out.dtype)
+
+
+def _unit_and_offset(bits: int, *, signed: bool, in_mantissas: bool) -> tuple[float, float]:
+  """What x is multiplied by: (code + offset) / unit."""
+  half = 2.0 ** (bits - 1)  # Signed codes that are read as unsigned ones are so much more.
+  if in_mantissas:
+    return 1.0, 2.0**bits + (half if signed else 0.0)
+  if bits == 2:
+    return 1.0, half if signed else 0.0
+  if bits == 4:
+    return 1.0, 0.0
+  return 2.0 ** (bits - 8), 0.0 if signed else -half
+
+
+def _converted(values, at: int, bits: int, *, signed: bool) -> Array:
+  """The numbers of `_unit_and_offset` of 128 inputs, bfloat16 [128, columns], by conversion."""
+  if bits == 4:
+    return values[at : at + LANES].astype(jnp.bfloat16)
+  if bits == 2:  # There is no conversion: pairs of bits become 4-bit codes.
+    words = pltpu.bitcast(values[at : at + LANES], jnp.int32)
+    if signed:
+      words ^= every(2, 2)
+    pairs = jnp.concatenate([words & every(4, 3), words >> 2 & every(4, 3)])
+    return pltpu.bitcast(pairs, jnp.uint4).astype(jnp.bfloat16)
+  return unpacked_codes(values, at, bits).astype(jnp.bfloat16)
+
+
+def _in_mantissas(values, at: int, bits: int, *, signed: bool) -> Array:
+  """The numbers of `_unit_and_offset` of 128 inputs, bfloat16 [128, columns], by bit operations."""
+  exponent = (127 + bits) << _MANTISSA
+  if signed or bits == 3:  # Turns the sign over: that adds 2^(bits - 1).
+    exponent |= 1 << _MANTISSA - 1
+  top = _in_both_halves((1 << bits) - 1 << _MANTISSA - bits)
+  parts = []
+  for words, first in _words(values, at, bits):
+    shift = _MANTISSA - bits - first
+    words = words << shift if shift > 0 else words >> -shift
+    parts.append(pltpu.bitcast((words & top) ^ _in_both_halves(exponent), jnp.bfloat16))
+  return jnp.concatenate(parts)
+
+
+def _words(values, at: int, bits: int) -> list[tuple[Array, int]]:
+  """Words of the codes of 128 inputs, by parts, and the bit of both halves at which a code starts."""
+  if bits != 3:
+    words = pltpu.bitcast(values[at : at + LANES], jnp.int32)
+    return [(words, first) for first in range(0, 16, bits)]
+  run = RUN_ROWS // WORD_ROWS
+  start = at // RUN_ROWS * 3 * run
+  runs = [values[start + i * run : start + (i + 1) * run] for i in range(3)]
+  a, b, low = (pltpu.bitcast(words, jnp.int32) for words in runs)
+  if at % RUN_ROWS == 0:
+    of_bytes = [(a, 5), (a, 2), (b, 5), (b, 2)]
+  else:
+    last = [
+      (upper << 5) & every(8, 0x60) | (low << shift) & every(8, 0x10)
+      for upper, shift in ((a, 3), (b, 4))
+    ]
+    of_bytes = [(low, 5), (low, 2), *((words, 4) for words in last)]
+  return [(words, first + byte) for words, first in of_bytes for byte in (0, 8)]
+
+
+def _order(bits: int, *, in_mantissas: bool) -> Array:
+  """The permutation bfloat16 [128, 128] that puts inputs in the order of the unpacked codes."""
+  source, target = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+  half = target & 1
+  if not in_mantissas:  # The first of all pairs of 2-bit codes, then the second.
+    found = source == (target & LANES // 2 - 1) * 2 + (target >> 6)
+  elif bits == 3:  # Parts of the even bytes and of the odd ones, by turns; see `packing`.
+    word, byte = target >> 5 << 3 | (target & 15) >> 1, half << 1 | target >> 4 & 1
+    found = source == word * 4 + byte
+  else:  # A word has the codes of 32 / bits inputs on end, of which each part has one of either half.
+    per_part, per_half = LANES * bits // 16, 16 // bits
+    part, word = target >> per_part.bit_length() - 1, (target & per_part - 1) >> 1
+    found = source == (2 * word + half) * per_half + part
+  return found.astype(jnp.bfloat16)
+
+
+def _in_both_halves(pattern: int) -> Array:
+  return jnp.int32(pattern << 16 | pattern)

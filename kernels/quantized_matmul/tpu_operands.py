@@ -40,7 +40,7 @@ class Weights(NamedTuple):
   Attributes:
     grid: cores, blocks of columns of each and blocks of inputs.
     block, block_columns: inputs and columns of a step.
-    arguments, specs: values, scales and, if there are any, zero points as signed codes.
+    arguments, specs: values, scales and zero points, which may be None.
     activations, out: specs of all rows of x, which a core reads in its first columns and not again,
       and of the result.
   """
@@ -48,10 +48,15 @@ class Weights(NamedTuple):
   grid: tuple[int, int, int]
   block: int
   block_columns: int
-  arguments: list[Array]
-  specs: list[pl.BlockSpec]
+  arguments: list[Array | None]
+  specs: list[pl.BlockSpec | None]
   activations: pl.BlockSpec
   out: pl.BlockSpec
+
+
+def chip() -> pltpu.TpuInfo | None:
+  """What is compiled for: the process's chip, or that of the mesh in use; None if it is no TPU."""
+  return pltpu.get_tpu_info() if pltpu.is_tpu_device() else None
 
 
 def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
@@ -61,8 +66,9 @@ def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
   """
   inputs, columns = shape
   block_columns = next(n for n in BLOCK_COLUMNS if columns % n == 0)
-  # The cores of a chip share the columns.
-  cores = math.gcd(columns // block_columns, 2)
+  # The cores of a chip share the columns. Of an unknown one, there may be two.
+  most = 1 if (info := chip()) and not info.is_megacore else 2
+  cores = math.gcd(columns // block_columns, most)
   return cores, columns // block_columns // cores, inputs // block_inputs(inputs, group, bits)
 
 
@@ -84,7 +90,7 @@ def weights(
     group: inputs that are summed before they are scaled; divides the scales' groups.
     rows, out_rows: of x and of the result.
   """
-  columns, groups = values.shape[1], inputs // group
+  columns = values.shape[1]
   cores, per_core, blocks = grid((inputs, columns), max(group, LANES), bits)
   block, block_columns = inputs // blocks, columns // per_core // cores
   of_columns = lambda rows: pl.BlockSpec(
@@ -93,22 +99,17 @@ def weights(
   of_values = pl.BlockSpec(
     (len(values) * block // inputs, block_columns), lambda c, n, k: (k, c * per_core + n)
   )
-  scales = jnp.repeat(scales, groups // len(scales), axis=0)
   if scales.dtype == jnp.float16:
     scales = scales.astype(jnp.float32)  # TPUs have no float16.
-  arguments, specs = [values, scales], [of_values, of_columns(groups)]
-  if zero_points is not None:
-    zero_points = jnp.repeat(zero_points, groups // len(zero_points), axis=0)
-    # Unsigned codes are read as signed ones, which are 2^(bits - 1) less.
-    arguments.append(zero_points.astype(jnp.int8) - 2 ** (bits - 1))
-    specs.append(of_columns(groups))
+  of_groups = of_columns(len(scales))
   activations = pl.BlockSpec((rows, block), lambda c, n, k: (0, jnp.where(n == 0, k, blocks - 1)))
   return Weights(
     (cores, per_core, blocks),
     block,
     block_columns,
-    arguments,
-    specs,
+    # XLA's compiler aborts where it converts 2-bit zero points of few groups: the kernels do.
+    [values, scales, zero_points],
+    [of_values, of_groups, None if zero_points is None else of_groups],
     activations,
     of_columns(out_rows),
   )
@@ -166,8 +167,8 @@ def unpack(values: Array, bits: int) -> Array:
   """
   words = pltpu.bitcast(values, jnp.int32)
   if jnp.issubdtype(values.dtype, jnp.unsignedinteger):
-    words ^= _every(bits, 1 << bits - 1)
-  top = _every(8, 256 - (1 << 8 - bits))
+    words ^= every(bits, 1 << bits - 1)
+  top = every(8, 256 - (1 << 8 - bits))
   parts = [(words << shift if shift else words) & top for shift in range(8 - bits, -1, -bits)]
   return jnp.concatenate([pltpu.bitcast(part, jnp.int8) for part in parts], axis=0)
 
@@ -180,7 +181,7 @@ def unpack_three(words: Array) -> list[Array]:
   """
   words = pltpu.bitcast(words, jnp.int32)
   a, b, low = words[:8], words[8:16], words[16:]
-  top, upper, last = _every(8, 0xE0), _every(8, 0xC0), _every(8, 0x20)
+  top, upper, last = every(8, 0xE0), every(8, 0xC0), every(8, 0x20)
   codes = [(word << shift if shift else word) & top for word in (a, b, low) for shift in (0, 3)]
   codes += [(word << 6) & upper | (low << shift) & last for word, shift in ((a, 4), (b, 5))]
   return [pltpu.bitcast(code, jnp.int8) for code in codes]
@@ -215,7 +216,7 @@ def _unpacked_order(bits: int) -> Array:
   return source == (target & (stride - 1)) * per_byte + (target >> shift)
 
 
-def _every(bits: int, pattern: int) -> Array:
+def every(bits: int, pattern: int) -> Array:
   """A word that repeats a pattern of `bits` bits."""
   word = sum(pattern << i for i in range(0, 32, bits))
   return jnp.int32(word - (1 << 32) if word >> 31 else word)

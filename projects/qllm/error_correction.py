@@ -19,6 +19,7 @@ import optax
 from flax import nnx
 
 from common.errors import UserError
+from common.models.sharding import tensor_parallel
 from common.models.surgery import get_module, replace_module
 from common.quantization import rtn
 from common.quantization.linear import QuantizedLinear
@@ -148,7 +149,8 @@ def merge_correction(block: nnx.Module, merge: Merge = "requant") -> nnx.Module:
     else:
       bias = layer.layer.bias
       packed = _quantize(weight.merged(), weight.format)
-      replace_module(block, path, QuantizedLinear(packed, None if bias is None else bias[...]))
+      bias = None if bias is None else bias[...]
+      replace_module(block, path, QuantizedLinear(packed, bias, tensor_parallel(path)))
   return block
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.lookup_matmul.api import lookup, lookup_matmul, pack_indices, unpack_indices
+from kernels.lookup_matmul.packing import group_rows
 
 
 def normal(rng, *shape):
@@ -20,12 +21,14 @@ def normal(rng, *shape):
     (4, 37, (1, 8, 5)),
     (12, 37, (1, 24, 5)),
     (16, 37, (1, 32, 5)),
-    (12, 600, (3, 96, 5)),
+    (12, 750, (3, 96, 5)),
+    (12, 600, (19, 12, 5)),
+    (6, 384, (2, 36, 5)),
     (7, 225, (1, 56, 5)),
   ],
 )
 def test_packed_indices_come_back(bits, rows, shape):
-  """From groups of 256 rows, or one of a multiple of 32 if there are fewer: bits / 32 words for each."""
+  """From groups of 256 rows, or of fewer that pad less: bits / 32 words for each row and column."""
   indices = np.random.default_rng(bits).integers(0, 2**bits, (rows, 5))
   packed = pack_indices(jnp.asarray(indices), 2**bits)
   assert packed.shape == shape and packed.dtype == jnp.uint32
@@ -38,6 +41,14 @@ def test_any_indices_come_back(bits, rows, vectors):
   indices = np.random.default_rng(rows).integers(0, 2**bits, (rows, vectors))
   packed = pack_indices(jnp.asarray(indices), 2**bits)
   np.testing.assert_array_equal(unpack_indices(packed, rows), indices)
+
+
+def test_small_widths_are_padded_little():
+  """To a multiple of 32, or of 256 by a sixteenth at most; large ones always to a multiple of 256."""
+  for rows in (*range(1, 2000), 4055, 4096, 11008, 28672):
+    padded = -(-rows // group_rows(rows)) * group_rows(rows)
+    assert padded == -(-rows // 32) * 32 or (padded % 256 == 0 and 16 * (padded - rows) <= rows)
+    assert rows < 4080 or group_rows(rows) == 256
 
 
 def test_where_an_index_lies():

@@ -67,7 +67,7 @@ def check(x, *stages):
   "inputs, columns, k, v",
   [
     (512, 300, 512, 3),  # Four tables, 9 bits: two fields; an element of padding, a vector cut off.
-    (40, 33, 4, 2),  # Fewer inputs than a group, centroids than a table, vectors than a register.
+    (300, 33, 4, 2),  # Groups of 160; fewer centroids than a table, vectors than a register.
   ],
 )
 def test_equals_float64(inputs, columns, k, v, dtype):
@@ -144,11 +144,11 @@ def test_what_has_no_kernel_is_named(rows, inputs, groups, dtype, words):
 
 
 @pytest.mark.parametrize(
-  "k, rows, one_tpu, kernel",
+  "k, rows, tpu, kernel",
   [(16, 2, True, True), (16, 2, False, False), (16, 129, True, False), (16384, 2, True, False)],
 )
-def test_which_one_is_picked(k, rows, one_tpu, kernel, monkeypatch):
-  monkeypatch.setattr(api, "has_one_tpu", lambda kinds: one_tpu)
+def test_which_one_is_picked(k, rows, tpu, kernel, monkeypatch):
+  monkeypatch.setattr(api, "has_tpu", lambda kinds: tpu)
   (planes, codebooks), _ = stage(40, 6, k, 2)
   traced = jax.make_jaxpr(lambda x: lookup_matmul(x, planes, codebooks, columns=6))
   assert ("pallas_call" in str(traced(jnp.ones((rows, 40), jnp.bfloat16)))) == kernel

@@ -1,6 +1,9 @@
 """The kernel in the TPU interpreter against float64, and compiled for real chips."""
 
 import importlib.util
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from common import cli
 from common.compilation.topology import tpu_slice
-from kernels.quantized_matmul import tpu_operands, tpu_output_groups
+from kernels.quantized_matmul import tpu_bfloat16, tpu_operands, tpu_output_groups
 from kernels.quantized_matmul.api import quantized_matmul
 from kernels.quantized_matmul.packing import pack, packed_dtype
 
@@ -63,10 +66,35 @@ def test_equals_float64(bits, asymmetric, monkeypatch):
     check(jnp.asarray(x, dtype), packed, exact, bits)
 
 
+def on_chip(kind, cores=1):
+  """A context in which JAX knows the chip, as it knows the process's own."""
+  chip = jax.sharding.AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
+  axes = {"axis_types": (jax.sharding.AxisType.Explicit,), "abstract_device": chip}
+  return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("chip",), **axes))
+
+
+def test_choices_by_chip():
+  """A v6e converts integers into bfloat16; a v5p has two cores that share the columns."""
+  for kind, cores, converts in [("TPU v5 lite", 1, False), ("TPU v5", 2, False),
+                                ("TPU v6 lite", 1, True)]:  # fmt: skip
+    with on_chip(kind, cores):
+      assert tpu_operands.grid((8192, 8192), 128, 4) == (cores, 16 // cores, 2)
+      assert tpu_bfloat16.converts_integers() == converts
+  assert tpu_operands.grid((8192, 8192), 128, 4) == (2, 8, 2)
+  assert not tpu_bfloat16.converts_integers()
+
+
 @pytest.mark.parametrize("asymmetric", (True, False))
-@pytest.mark.parametrize("bits, group", [(2, 128), (3, 128), (4, 256), (8, 1024)])
-def test_many_rows_of_bfloat16_lose_nothing(bits, group, asymmetric, monkeypatch):
+@pytest.mark.parametrize(
+  "bits, group, converts",
+  [
+    (2, 128, False), (3, 128, False), (4, 256, False), (8, 1024, False),
+    (2, 128, True), (3, 128, True), (4, 256, True),
+  ],
+)  # fmt: skip
+def test_many_rows_of_bfloat16_lose_nothing(bits, group, converts, asymmetric, monkeypatch):
   """Unlike digits; two blocks of inputs, groups of a part of one and of both."""
+  monkeypatch.setattr(tpu_bfloat16, "converts_integers", lambda: converts)
   monkeypatch.setattr(tpu_operands, "_BLOCK_INPUTS", 512)
   packed, exact = weights(bits, asymmetric, 1024, 128, group)
   x = np.random.default_rng(0).normal(size=(33, 1024))
@@ -197,12 +225,34 @@ def test_what_has_no_kernel_is_named(bits, x, columns, scales, words):
   assert quantized_matmul(*arguments, bits=bits).shape == (x[0], columns)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+NO_COMPILER = importlib.util.find_spec("libtpu") is None
+
+
+def compile_for_tpu(slice_name, bits, rows, inputs, columns, groups):
+  """The compiled text of a product of codes with zero points; scales and zero points as `groups`."""
+  device = tpu_slice(slice_name).devices[0]
+  where = SingleDeviceSharding(device)
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+  codes = jax.eval_shape(
+    lambda codes: pack(codes, bits, signed=False),
+    jax.ShapeDtypeStruct((inputs, columns), jnp.int32),
+  )
+  zeros_dtype = packed_dtype(8 if bits == 3 else bits, signed=False)
+  function = lambda *arrays: quantized_matmul(*arrays, bits=bits, implementation="mosaic_tpu")
+  arrays = (
+    array((rows, inputs), jnp.bfloat16),
+    array(codes.shape, codes.dtype),
+    array(groups, jnp.bfloat16),
+    array(groups, zeros_dtype),
+  )
+  with on_chip(device.device_kind, device.num_cores):
+    return jax.jit(function).lower(*arrays).compile().as_text()
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="libtpu is not installed")
 @pytest.mark.parametrize("slice_name", ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
 def test_compiles_for_tpu(slice_name):
   cli.prepare_jax(compile_only=True)
-  where = SingleDeviceSharding(tpu_slice(slice_name).devices[0])
-  array = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
   # Llama-2-7B's projections down (two blocks of 43 groups) and up, and per-channel 8-bit codes.
   for bits, rows, inputs, columns, groups in [
     (4, 1, 11008, 4096, (86, 4096)), (2, 16, 4096, 11008, (32, 11008)),
@@ -210,22 +260,21 @@ def test_compiles_for_tpu(slice_name):
     (3, 20, 512, 512, (8, 512)), (4, 4, 512, 1024, (512, 4)), (4, 40, 11008, 512, (86, 512)),
     (2, 64, 4096, 512, (32, 512)), (3, 64, 512, 512, (4, 512)),
   ]:  # fmt: skip
-    codes = jax.eval_shape(
-      lambda codes, bits=bits: pack(codes, bits, signed=False),
-      jax.ShapeDtypeStruct((inputs, columns), jnp.int32),
-    )
-    zeros_dtype = packed_dtype(8 if bits == 3 else bits, signed=False)
-    function = lambda *arrays, bits=bits: quantized_matmul(
-      *arrays, bits=bits, implementation="mosaic_tpu"
-    )
-    compiled = (
-      jax.jit(function)
-      .lower(
-        array((rows, inputs), jnp.bfloat16),
-        array(codes.shape, codes.dtype),
-        array(groups, jnp.bfloat16),
-        array(groups, zeros_dtype),
-      )
-      .compile()
-    )
-    assert f"quantized_matmul_w{bits}" in compiled.as_text()
+    compiled = compile_for_tpu(slice_name, bits, rows, inputs, columns, groups)
+    assert f"quantized_matmul_w{bits}" in compiled
+
+
+@pytest.mark.skipif(NO_COMPILER, reason="libtpu is not installed")
+def test_two_bits_of_few_groups_compile():
+  """XLA's compiler aborts, and ends its process, where it converts 2-bit zero points of few groups."""
+  test = (
+    "from common import cli; from tests.kernels.quantized_matmul import mosaic_tpu_test as test; "
+  )
+  test += "cli.prepare_jax(compile_only=True); "
+  test += "; ".join(
+    f"test.compile_for_tpu('v5e:2x2', 2, {rows}, 512, 512, ({groups}, 512))"
+    for rows, groups in ((4, 4), (64, 4), (1, 1))
+  )
+  root = pathlib.Path(__file__).parents[3]
+  done = subprocess.run([sys.executable, "-c", test], cwd=root, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr[-2000:]
