@@ -25,15 +25,14 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.kernels.quantized_matmul_tpu import SMALL_REGION, SQUARE, arguments, regions
+from benchmarks.kernels.quantized_matmul_cases import SMALL_REGION, SQUARE, arguments, regions
 from common import cli
 from common.compilation.topology import CHIPS
 from common.reporting.report import environment
 from kernels.kronecker_quantize.api import kronecker_quantize
 from kernels.quantized_matmul.api import quantized_matmul
 
-# The flag is quantized_matmul_tpu's.
-flags.FLAGS.set_default("out", "benchmarks/kernels/fused_tpu.json")
+_OUT = flags.DEFINE_string("out", "benchmarks/kernels/fused_tpu.json", "result")
 
 # Ranks of LoRC in ZeroQuant-V2, and eight times that.
 AROUND = {
@@ -170,7 +169,7 @@ def main(_) -> None:
         f"{r['xla']['bound_us'] / kernel['bound_us']:.2f}" if with_xla else "",
       )
   console.print(table)
-  pathlib.Path(flags.FLAGS.out).write_text(json.dumps(found, indent=1) + "\n")
+  pathlib.Path(_OUT.value).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Weight-only products on TPU: the kernel, XLA and bfloat16, counted, not timed.
+"""Weight-only products on TPU: the kernel, XLA, bfloat16, qwix and tokamax, counted, not timed.
 
   .venv/bin/python -m benchmarks.kernels.quantized_matmul_tpu
+  .venv/bin/python -m benchmarks.kernels.quantized_matmul_tpu --only=kernels
+  .venv/bin/python -m benchmarks.kernels.quantized_matmul_tpu --render
 
 No TPU is needed. Decoding: a product takes at least the larger of its scheduled cycles over the clock
 and of its HBM bytes over the bandwidth; the packed bound is the time of the packed weights, scales
-and activations alone. Codes have zero points and bfloat16 scales. Prefill: a product of many rows
-also takes at least its multiplications at the matrix units' published peak, of 8-bit integers twice
-that of bfloat16; utilisation is that time, of bfloat16, over the bound. Chips of two cores (v5p)
-share the work, and each core's cycles are counted.
+and activations alone. Codes have zero points and bfloat16 scales; see `quantized_matmul_peers` for the
+libraries'. Prefill: a product of many rows also takes at least its multiplications at the matrix
+units' published peak, of 8-bit integers twice that of bfloat16; utilisation is that time, of
+bfloat16, over the bound. Chips of two cores (v5p) share the work, and each core's cycles are counted.
 """
 
 import functools
-import json
 import pathlib
 
 from benchmarks.kernels.tpu_schedule import HERTZ, SLICES, schedule  # isort: skip
@@ -19,56 +20,25 @@ from benchmarks.kernels.tpu_schedule import HERTZ, SLICES, schedule  # isort: sk
 import jax
 import jax.numpy as jnp
 from absl import flags
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.kernels import quantized_matmul_peers, results
+from benchmarks.kernels.quantized_matmul_cases import (
+  DECODING,
+  PREFILL,
+  SMALL_REGION,
+  arguments,
+  packed_bytes,
+  regions,
+)
 from common import cli
 from common.compilation.topology import CHIPS
-from common.reporting.report import environment
 from kernels.integer_matmul.api import integer_matmul
-from kernels.quantized_matmul import tpu_operands
 from kernels.quantized_matmul.api import quantized_matmul
-from kernels.quantized_matmul.packing import pack, packed_dtype
 
 _OUT = flags.DEFINE_string("out", "benchmarks/kernels/quantized_matmul_tpu.json", "result")
-
-# Inputs and outputs of Llama-2-7B's and Llama-2-70B's projections.
-SQUARE, DOWN, UP = (4096, 4096), (11008, 4096), (4096, 11008)
-SQUARE_70B, DOWN_70B, UP_70B = (8192, 8192), (28672, 8192), (8192, 28672)
-DECODING = [  # Shape, bits, rows, and how many inputs and outputs share a scale.
-  *((SQUARE, 4, rows, (128, 1)) for rows in (1, 16, 32, 64)),
-  *((SQUARE, 2, rows, (128, 1)) for rows in (16, 32, 64)),
-  *((SQUARE, 3, rows, (128, 1)) for rows in (1, 16, 32, 64)),
-  *((SQUARE, 8, rows, (128, 1)) for rows in (16, 64)),
-  (DOWN, 4, 16, (128, 1)),
-  (DOWN, 3, 16, (128, 1)),
-  *((shape, 4, rows, (128, 1)) for shape in (SQUARE_70B, UP_70B, DOWN_70B) for rows in (16, 64)),
-  *((SQUARE, 4, rows, (32, 1)) for rows in (4, 16)),
-  *((SQUARE, 4, rows, (64, 1)) for rows in (8, 16)),
-]
-PREFILL = [(shape, 2048) for shape in (SQUARE, UP)]
-# More than the pipeline's own conditions within a step have, less than the kernel's.
-SMALL_REGION = 24
-
-
-def arguments(shape, bits, rows, group=(128, 1)):
-  inputs, columns = shape
-  groups = (inputs // group[0], columns // group[1])
-  array = jax.ShapeDtypeStruct
-  return [
-    array((rows, inputs), jnp.bfloat16),
-    jax.eval_shape(lambda codes: pack(codes, bits, signed=False), array(shape, jnp.int32)),
-    array(groups, jnp.bfloat16),
-    array(groups, packed_dtype(8 if bits == 3 else bits, signed=False)),
-  ]
-
-
-def packed_bytes(arrays, bits) -> float:
-  """What must be read and written: codes, scales, zero points, x and the result."""
-  x, _, scales, zeros = arrays
-  (rows, inputs), columns = x.shape, arrays[1].shape[-1]
-  per_group = 2 + jnp.iinfo(zeros.dtype).bits / 8
-  return inputs * columns * bits / 8 + scales.size * per_group + rows * (inputs + columns) * 2
+PARTS = (results.KERNELS, "qwix", "tokamax")
+_ONLY = flags.DEFINE_multi_enum("only", PARTS, PARTS, "run these, keep the others' results")
+_RENDER = flags.DEFINE_bool("render", False, "only print the tables of the results that there are")
 
 
 def bound(chip, function, shapes, regions=(), floor_us=0.0) -> dict:
@@ -100,27 +70,12 @@ def decode(chip, shape, bits, rows, group) -> dict:
   dense = [packed[0], jax.ShapeDtypeStruct(shape, jnp.bfloat16)]
   floor = packed_bytes(packed, bits)
   return {
-    "chip": chip,
-    "shape": shape,
-    "bits": bits,
-    "rows": rows,
-    "group": group,
     "packed_bytes": floor,
     "packed_us": floor / CHIPS[chip].bytes_per_second * 1e6,
     "kernel": bound(chip, product(bits, "mosaic_tpu"), packed, regions(chip, shape, bits)),
     "xla": bound(chip, product(bits, "xla"), packed),
     "bfloat16": bound(chip, dot, dense),
   }
-
-
-def regions(chip, shape, bits) -> list[int]:
-  """How often one core splits activations, starts a sum and ends it (the kernels' `_kernel`)."""
-  cores, columns, blocks = tpu_operands.grid(shape, 128, bits)
-  # A core alone does both halves of the columns, and splits the activations for each.
-  halves = 1 if CHIPS[chip].two_cores else cores
-  if blocks == 1:
-    return [halves]
-  return [halves * blocks, halves * columns, halves * columns]
 
 
 def prefill(chip, shape, rows) -> dict:
@@ -142,51 +97,74 @@ def prefill(chip, shape, rows) -> dict:
   }
   for result in found.values():
     result["utilisation"] = peak / result["bound_us"]
-  return {"chip": chip, "shape": shape, "rows": rows, **found}
+  return found
 
 
-def main(_) -> None:
-  cli.prepare_jax(compile_only=True)
-  decoding = [decode(chip, *case) for chip in SLICES for case in DECODING]
-  table = Table("chip", "weights", "bits", "group", "rows", "packed us", "kernel us", "of packed",
-                "limit", "bytes", "XLA / kernel", "bfloat16 / kernel")  # fmt: skip
-  for r in decoding:
+def print_tables(found) -> None:
+  heads = ["chip", "weights", "bits", "group", "rows", "packed, us", "kernel, us",
+           "kernel / packed", "limit", "bytes", "XLA / kernel", "bfloat16 / kernel",
+           "qwix / kernel", "qwix, symmetric / kernel", "tokamax, symmetric / kernel"]  # fmt: skip
+  rows = []
+  for r in (r for r in found["decoding"] if "kernel" in r):
     kernel = r["kernel"]
-    table.add_row(
+    rows.append([
       r["chip"],
       " x ".join(map(str, r["shape"])),
       str(r["bits"]),
-      " x ".join(map(str, r["group"])),
+      str(r["group"][0]),
       str(r["rows"]),
       f"{r['packed_us']:.2f}",
       f"{kernel['bound_us']:.2f}",
       f"{kernel['bound_us'] / r['packed_us']:.2f}",
       kernel["limit"],
       f"{kernel['hbm_bytes'] / r['packed_bytes']:.3f}",
-      f"{r['xla']['bound_us'] / kernel['bound_us']:.2f}",
-      f"{r['bfloat16']['bound_us'] / kernel['bound_us']:.2f}",
-    )
-  Console(width=140).print(table)
-  filled = [prefill(chip, *case) for chip in SLICES for case in PREFILL]
-  table = Table("chip", "weights", "rows", "bfloat16 us", "limit", "utilisation", "W4 / bfloat16",
-                "bfloat16 / W8A8")  # fmt: skip
-  for r in filled:
+      *(
+        results.over(r, name, "kernel")
+        for name in ("xla", "bfloat16", "qwix", "qwix_symmetric", "tokamax")
+      ),
+    ])  # fmt: skip
+  results.print_table(heads, rows)
+  heads = ["chip", "weights", "bfloat16, us", "limit", "utilisation",
+           "W4's / bfloat16's utilisation", "bfloat16 / W8A8 time"]  # fmt: skip
+  rows = []
+  for r in found["prefill"]:
     dense = r["bfloat16"]
-    table.add_row(
+    rows.append([
       r["chip"],
       " x ".join(map(str, r["shape"])),
-      str(r["rows"]),
       f"{dense['bound_us']:.1f}",
       dense["limit"],
       f"{dense['utilisation']:.0%}",
       f"{r['w4']['utilisation'] / dense['utilisation']:.2f}",
-      f"{dense['bound_us'] / r['w8a8']['bound_us']:.2f}",
-    )
-  Console(width=140).print(table)
-  text = json.dumps(
-    {"environment": environment(), "decoding": decoding, "prefill": filled}, indent=1
-  )
-  pathlib.Path(_OUT.value).write_text(text + "\n")
+      results.over(r, "bfloat16", "w8a8"),
+    ])  # fmt: skip
+  results.print_table(heads, rows)
+
+
+def main(_) -> None:
+  cli.prepare_jax(compile_only=True)
+  path = pathlib.Path(_OUT.value)
+  parts = () if _RENDER.value else results.runnable(_ONLY.value)
+  found = results.load(path, needed=results.KERNELS not in parts)
+  results.say_where(found, parts)
+  names = ("chip", "shape", "bits", "rows", "group")
+  wanted = [dict(zip(names, (chip, *case))) for chip in SLICES for case in DECODING]
+  found["decoding"] = results.cases(found.get("decoding", []), wanted)
+  for case, result in zip(wanted, found["decoding"]) if parts else ():
+    if results.KERNELS in parts:
+      result |= decode(**case)
+    if "qwix" in parts:
+      result |= quantized_matmul_peers.qwix_peers(**case)
+    if "tokamax" in parts:
+      result |= quantized_matmul_peers.tokamax_peers(**case)
+    results.save(found, path)
+  if results.KERNELS in parts:
+    wanted = [dict(chip=chip, shape=shape, rows=rows) for chip in SLICES for shape, rows in PREFILL]
+    found["prefill"] = results.cases(found.get("prefill", []), wanted)
+    for case, result in zip(wanted, found["prefill"]):
+      result |= prefill(**case)
+      results.save(found, path)
+  print_tables(found)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ _FOLDER = tempfile.TemporaryDirectory()
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={_FOLDER.name} --xla_jf_dump_llo_text=true"
 
 import jax  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+from jax.sharding import Mesh, SingleDeviceSharding  # noqa: E402
 
 from common.compilation.compile_only import compile_lowered  # noqa: E402
 from common.compilation.hlo import cost  # noqa: E402
-from common.compilation.topology import tpu_slice  # noqa: E402
+from common.compilation.topology import CHIPS, tpu_slice  # noqa: E402
 
 SLICES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 HERTZ = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
@@ -34,6 +34,11 @@ _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:\s*((?:>\s*)*)\{(
 _EXIT = re.compile(r"scmp\.ge\.s32\.totalorder [^,]*, (\d+) /\* loop exit test")
 _TARGET = re.compile(r"Start/End empty region (\d+)")
 _BRANCH = re.compile(r"sbr\.rel \(.*?\) target = \$region(\d+)")
+_SKIPPED_IF = re.compile(r"sbr\.rel \((%\w+)\)")
+_DEFINED = re.compile(r"(%[ps]\w+) = ([^;}]*)")
+_IN_REGISTER = re.compile(r"scmp\.ne\.s32\.totalorder (%\w+), 0")
+_FROM = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+)")
+_BELOW = re.compile(r"scmp\.lt\.s32\.totalorder %\w+, (\d+)")
 
 
 def schedule(
@@ -43,6 +48,7 @@ def schedule(
   regions: Sequence[float] | Mapping[str, Sequence[float]] = (),
   small_region: int = 64,
   loops: Sequence[float] | Mapping[str, Sequence[float]] = (),
+  grids: Mapping[str, int] = {},
 ) -> tuple[dict[str, float], float]:
   """Cycles by operation of one core, and the program's HBM bytes.
 
@@ -56,24 +62,49 @@ def schedule(
     loops: trips of each loop of a Pallas kernel without a constant number of them, on average, in
       the order of the program, likewise; 1 by default. Regions in a loop are counted for each time
       that the loop starts.
+    grids: steps of one core of a Pallas kernel whose grid is not constant, likewise by names.
 
   On a chip of two cores (v5p) both run the program, each for its part of the trips.
   """
-  where = SingleDeviceSharding(tpu_slice(SLICES[chip]).devices[0])
+  device = tpu_slice(SLICES[chip]).devices[0]
+  where = SingleDeviceSharding(device)
   arguments = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for s in shapes]
-  before = set(glob.glob(f"{_FOLDER.name}/*"))
-  compiled, text = compile_lowered(jax.jit(function).lower(*arguments))
+  _clear()
+  # Kernels ask what they are traced for.
+  with jax.sharding.use_abstract_mesh(Mesh([device], ("chip",)).abstract_mesh):
+    lowered = jax.jit(function).lower(*arguments)
+  compiled, text = compile_lowered(lowered)
   cycles = {}
-  for path in sorted(set(glob.glob(f"{_FOLDER.name}/*")) - before):
+  for path in sorted(glob.glob(f"{_FOLDER.name}/*")):
     name = re.search(r"/\d+-([^<>]*)-\d+-final_bundles\.txt$", path)
     if name and "schedule-analysis" not in path:
       with open(path) as f:
         given = [_of_operation(name[1], weights) for weights in (regions, loops)]
-        cycles[name[1]] = count_cycles(f.read(), given[0], small_region, given[1])
+        grid = next((steps for part, steps in grids.items() if part in name[1]), None)
+        cycles[name[1]] = count_cycles(f.read(), given[0], small_region, given[1], grid)
+  _clear()
   # At least what is passed in and out: the text hides how some large weights come on chip.
   memory = compiled.memory_analysis()
   passed = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return cycles, max(cost(text).hbm_bytes, passed)
+
+
+def _clear() -> None:
+  """Removes what the compiler has written: tens of megabytes of each program."""
+  for path in glob.glob(f"{_FOLDER.name}/*"):
+    os.remove(path)
+
+
+def bound(chip: str, cycles: float, hbm_bytes: float) -> dict:
+  """The time that a program takes at least, in microseconds, and whether the memory limits it."""
+  compute = cycles / HERTZ[chip]
+  memory = hbm_bytes / CHIPS[chip].bytes_per_second
+  return {
+    "cycles": cycles,
+    "hbm_bytes": hbm_bytes,
+    "bound_us": max(compute, memory) * 1e6,
+    "limit": "memory" if memory > compute else "schedule",
+  }
 
 
 def _of_operation(name: str, weights) -> Sequence[float]:
@@ -87,6 +118,7 @@ def count_cycles(
   regions: Sequence[float] = (),
   small_region: int = 64,
   loops: Sequence[float] = (),
+  grid: int | None = None,
 ) -> float:
   """Bundles of a `final_bundles.txt`, weighed by trip counts; see `schedule`."""
   bundles, depth = [], 0
@@ -96,7 +128,8 @@ def count_cycles(
       # An empty bundle is printed without the marks of its depth.
       depth = depth if body.lstrip().startswith("}") else marks.count(">")
       bundles.append((depth, body))
-  return _count(bundles, 0, len(bundles), 0, (iter(regions), iter(loops)), small_region)
+  given = iter(regions), iter(loops), grid
+  return _count(bundles, 0, len(bundles), 0, given, small_region)
 
 
 def _count(bundles, first: int, end: int, depth: int, given, small: int) -> float:
@@ -112,14 +145,16 @@ def _count(bundles, first: int, end: int, depth: int, given, small: int) -> floa
 
 
 def _count_loop(bundles, first: int, end: int, depth: int, given, small: int) -> float:
-  regions, loops = given
+  regions, loops, grid = given
   exits = [_EXIT.search(bundles[j][1]) for j in range(first, end) if bundles[j][0] == depth]
   trips = next((int(found[1]) for found in reversed(exits) if found), None)
-  if trips is None:
-    trips = next(loops, 1) if depth > 1 else 1  # The grid is the outermost loop.
   step, conditional = _predicated(bundles, range(first, end), depth, small)
-  # The pipeline's first trip only starts to read, and its last one only waits for what is written.
-  steps = trips - 2 if step and trips > 2 else trips
+  if trips is None and depth > 1:
+    trips = next(loops, 1)
+  elif trips is None:
+    # The grid is the outermost loop, with a trip ahead of the first step and one behind the last.
+    trips = grid + 2 * (step is not None) if grid else 1
+  steps = _steps(bundles, step[0] - 1, trips) if step and trips > 2 else trips
   parts = [(first, end, trips)]
   if step:
     parts = [(first, step[0], trips), (*step, steps), (step[1], end, trips)]
@@ -131,6 +166,28 @@ def _count_loop(bundles, first: int, end: int, depth: int, given, small: int) ->
       at = stop
     total += times * _count(bundles, at, part_end, depth, given, small)
   return total
+
+
+def _steps(bundles, branch: int, trips: int) -> int:
+  """How often a pipeline's step runs, which the branch skips but for `from <= trip < below`.
+
+  The first trips only start to read, and the last ones only wait for what is written: mostly one
+  each, but XLA reads some operands several steps ahead, and may begin or end with a step.
+  """
+  defined = dict(found for _, body in bundles for found in _DEFINED.findall(body))
+  skip = _SKIPPED_IF.search(bundles[branch][1])
+  skipped = defined.get(skip[1], "") if skip else ""
+  if kept := _IN_REGISTER.match(skipped):  # A predicate that a scalar register holds meanwhile.
+    select = re.search(r"\*/(%p\w+),", defined.get(kept[1], ""))
+    skipped = defined.get(select[1], "") if select else ""
+  if from_first := _FROM.match(skipped):
+    return int(from_first[1])
+  if to_last := _BELOW.match(skipped):
+    return trips - int(to_last[1])
+  tests = " ".join(defined.get(name, "") for name in re.findall(r"%p\w+", skipped))
+  first, below = _FROM.search(tests), _BELOW.search(tests)
+  # A grid that is not constant has its number in a register.
+  return int(below[1]) - int(first[1]) if first and below else trips - 2
 
 
 def _predicated(

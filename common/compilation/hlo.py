@@ -3,7 +3,7 @@
 XLA's own `cost_analysis` counts the body of a loop once; here everything is multiplied by the trip
 count, which is read from the loop's condition. Numbers are per device.
 
-  FLOPs       of matrix products and convolutions, two per multiply-add
+  FLOPs       of matrix products and convolutions, two per multiply-add, and what kernels estimate
   HBM bytes   read and written by each scheduled operation, operands and results that live in HBM;
               a slice of a larger array counts as the slice. Buffers in on-chip memory are free.
   collectives count, and bytes of the whole array that each moves: what an all-gather produces, a
@@ -21,6 +21,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+_FLOPS = re.compile(r'"flops":"(\d+)"')
 _NAME = re.compile(r"%([\w.\-]+)")
 _FREE = frozenset(
   "parameter constant get-tuple-element tuple bitcast while call conditional after-all domain "
@@ -131,6 +132,8 @@ class _Reader:
       opcode = instruction.opcode
       if opcode in ("dot", "convolution"):
         self.flops += times * _product_flops(instruction, computation)
+      elif opcode == "custom-call":
+        self.flops += times * sum(map(float, _FLOPS.findall(instruction.attributes)))
       if opcode.removesuffix("-start") in COLLECTIVES:
         self._add_collective(instruction, computation, name, times)
       if not fused:
@@ -246,7 +249,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
         operands=tuple(_NAME.findall(arguments)),
         arguments=arguments[1:-1],
         attributes=("(" + tail)[end:].partition(", metadata=")[0]
-        + " ".join(re.findall(r'"known_trip_count":\{"n":"\d+"\}', tail)),
+        + " ".join(re.findall(r'"known_trip_count":\{"n":"\d+"\}|"flops":"\d+"', tail)),
       )
       if match[1]:
         current.root = match[2]

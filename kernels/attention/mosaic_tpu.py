@@ -1,9 +1,10 @@
 """FlashAttention-2 (Dao 2023) for TPU: exact attention whose scores never leave the chip.
 
 Scores are made and used block by block: the softmax of a row is corrected as larger scores turn up
-(forward), and is made again from the row's log-sum-exp (backward). Blocks of queries and keys that
-do not meet, because of causality, the sliding window or packed segments, are neither read nor
-computed: every block of queries has a range of key blocks, known before the kernel starts.
+(forward), and is made again from the row's log-sum-exp (backward, once for all three gradients).
+Blocks of queries and keys that do not meet, because of causality, the sliding window or packed
+segments, are neither read nor computed: every block of queries has a range of key blocks, known
+before the kernel starts.
 
 Scores are transposed, [keys, queries]: the numbers of a query (the largest score, the sum, the
 log-sum-exp) then lie along the lanes, a few registers instead of one for every eight queries, and
@@ -17,13 +18,17 @@ import jax.numpy as jnp
 
 from kernels.attention import xla
 from kernels.attention.masks import Rule, Tokens
-from kernels.attention.tpu_backward import backward_keys, backward_queries
-from kernels.attention.tpu_blocks import LANES, Settings
+from kernels.attention.tpu_backward import backward
+from kernels.attention.tpu_blocks import LANES, Settings, resident_tokens
 from kernels.attention.tpu_forward import forward
 
 Array = jax.Array
 
 _BLOCK = 512  # Queries, and keys, of one block of scores, at most.
+# Bytes of a token of a head. With more, two blocks of keys are on the chip at once, and with twice as
+# many blocks are half as large: backward a TPU v4 has 16 MiB for all.
+_WIDE_BYTES = 256
+_RESIDENT_WITH_BIAS = 1024  # Keys.
 
 
 def unsupported(query: Array, key: Array, value: Array) -> str | None:
@@ -51,11 +56,18 @@ def attention(
   """As `api.attention`, for arguments that `unsupported` has nothing against."""
   seq, count = query.shape[2], key.shape[2]
   alibi = alibi_slopes is not None
-  settings = Settings(rule, scale, alibi, _block_size(seq), _block_size(count))
+  widest = max(x.shape[3] * x.dtype.itemsize for x in (query, key, value))
+  most = _BLOCK if widest <= 2 * _WIDE_BYTES else _BLOCK // 2
+  query_block, key_block = _block_size(seq, most), _block_size(count, most)
+  limit = count if widest <= _WIDE_BYTES else 2 * key_block
+  if bias is not None:
+    limit = min(limit, _RESIDENT_WITH_BIAS)
+  resident = resident_tokens(key_block, limit, key, value)
+  settings = Settings(rule, scale, alibi, query_block, key_block, resident)
   slopes = alibi_slopes if alibi else jnp.zeros(query.shape[1])
   # Padding belongs to segment 0: no query sees it, and it sees no key.
   pad_queries = functools.partial(_pad, multiple=settings.query_block)
-  pad_keys = functools.partial(_pad, multiple=settings.key_block)
+  pad_keys = functools.partial(_pad, multiple=resident)
   whole = lambda tokens: Tokens(*(jnp.broadcast_to(x, (len(query), x.shape[1])) for x in tokens))
   queries, keys = whole(queries), whole(keys)
   query = pad_queries(query, axis=2)
@@ -70,8 +82,8 @@ def attention(
   return out[:, :, :seq]
 
 
-def _block_size(tokens: int) -> int:
-  return min(_BLOCK, -(-tokens // LANES) * LANES)
+def _block_size(tokens: int, most: int) -> int:
+  return min(most, -(-tokens // LANES) * LANES)
 
 
 def _pad(x: Array, *, multiple: int, axis: int) -> Array:
@@ -94,8 +106,7 @@ def _attention_backward(settings: Settings, residuals, d_out):
   query, key, value, queries, keys, slopes, bias, out, lse = residuals
   if bias is None:
     arrays = (query, key, value, queries, keys, slopes, lse, _delta(out, d_out), d_out)
-    d_query = backward_queries(*arrays, settings)
-    d_key, d_value = backward_keys(*arrays, settings)
+    d_query, d_key, d_value = backward(*arrays, settings)
     # Slopes are constants of the architecture.
     return d_query, d_key, d_value, None, None, jnp.zeros_like(slopes), None
 

@@ -1,7 +1,6 @@
 """What the attention kernels for TPU share: which blocks they visit, and the scores of a block."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,8 +20,9 @@ from kernels.attention.masks import (
 Array = jax.Array
 
 LANES = 128
-# Of a head's keys and values (backward also queries and their gradients) that are on the chip at
-# once, at most: twice that is in use, as the next ones are fetched meanwhile. A TPU v4 has 16 MiB.
+# Of a head's keys and values that are on the chip at once, at most. Twice that is in use, as the next
+# ones are fetched meanwhile, and backward six times: with their gradients, which are float32 until
+# they are written. A TPU v4 has 16 MiB.
 _RESIDENT_BYTES = 2 * 2**20
 _VMEM_BYTES = 64 * 2**20
 LOG2_E = math.log2(math.e)
@@ -32,13 +32,17 @@ _NO_SEGMENT = jnp.iinfo(jnp.int32).min
 
 
 class Settings(NamedTuple):
-  """What is fixed when a kernel is compiled; blocks are in tokens."""
+  """What is fixed when a kernel is compiled; blocks are in tokens.
+
+  `resident` is the keys on the chip at once, a multiple of `key_block`.
+  """
 
   rule: Rule
   scale: float
   alibi: bool
   query_block: int
   key_block: int
+  resident: int
 
 
 def ids(tokens: Tokens) -> Array:
@@ -52,71 +56,67 @@ def key_ids(keys: Tokens) -> Array:
   return ids(Tokens(keys.positions, segments))
 
 
-def ranges_of(meet: Array) -> Array:
-  """The first and the end of the blocks that every block meets: [batch, n, m] -> [2, batch, n]."""
-  m = meet.shape[2]
-  first = jnp.argmax(meet, axis=2)
-  end = m - jnp.argmax(meet[:, :, ::-1], axis=2)
-  any_ = meet.any(axis=2)
-  return jnp.stack([jnp.where(any_, first, 0), jnp.where(any_, end, 0)]).astype(jnp.int32)
+def ranges_of(queries: Tokens, keys: Tokens, settings: Settings) -> Array:
+  """Which blocks of keys every block of queries visits, int32 [4, batch, query blocks].
+
+  The first and the end of those that it meets, and those of a run of whole ones among them: there
+  all queries may attend to all keys, and the mask, a good part of the work, is left out.
+  """
+  rule, query_block, key_block = settings.rule, settings.query_block, settings.key_block
+  meet = blocks_that_meet(queries, keys, rule, query_block, key_block)
+  row = Span(*(x[:, :, None] for x in block_spans(queries, query_block)))
+  column = Span(*(x[:, None, :] for x in block_spans(keys, key_block)))
+  whole = all_may_attend(row, column, rule)
+  blocks = jnp.arange(meet.shape[2])
+  last = jnp.max(jnp.where(meet, blocks + 1, 0), axis=2)
+  first_whole = jnp.argmax(whole, axis=2)
+  # The first block behind the run; where there is none, 0 up to 0.
+  behind = ~whole & (blocks > first_whole[..., None])
+  end_whole = jnp.min(jnp.where(behind, blocks, len(blocks)), axis=2)
+  end_whole = jnp.where(whole.any(axis=2), end_whole, 0)
+  return jnp.stack([jnp.argmax(meet, axis=2), last, first_whole, end_whole]).astype(jnp.int32)
 
 
 def resident_tokens(block: int, limit: int, *arrays: Array) -> int:
-  """Tokens of the arrays [.., .., tokens, channels] to have on the chip at once.
+  """Tokens of the arrays [.., .., tokens, channels] to have on the chip at once: whole blocks.
 
-  The largest multiple of `block` that divides their number and is within the limits, or a block.
+  As few parts of equal size as the memory and `limit`, in tokens, allow; the last may need padding.
   """
-  tokens = arrays[0].shape[2]
   of_a_token = sum(-(-x.shape[3] // LANES) * LANES * x.dtype.itemsize for x in arrays)
-  limit = min(limit, _RESIDENT_BYTES // of_a_token)
-  blocks = tokens // block
-  fits = (n for n in range(1, blocks + 1) if blocks % n == 0 and n * block <= limit)
-  return block * max(fits, default=1)
+  at_most = max(min(limit, _RESIDENT_BYTES // of_a_token) // block, 1)
+  blocks = pl.cdiv(arrays[0].shape[2], block)
+  return block * pl.cdiv(blocks, pl.cdiv(blocks, at_most))
 
 
-def visit(ranges, index, part, blocks: int, is_whole, body, in_pairs: bool = False) -> None:
-  """Calls body(j, masked) for the blocks of this resident part that are in the range at `index`.
+def visit(ranges, index, part, blocks: int, body, at_once: int = 1) -> None:
+  """Calls body(j, masked) for the blocks of this resident part that are in the ranges at `index`.
 
-  Most blocks are whole, all their queries may attend to all their keys: there the mask, a good part
-  of the work, is left out. is_whole: (the block's number among all) -> bool.
-
-  in_pairs: calls body(j, False, 2) for two whole blocks on end, whose work overlaps.
+  masked: for each of the blocks j, j + 1, ..., whether it needs the mask. Of the whole blocks two
+  come together if `at_once` is 2, and one that is left over with a masked one: their work overlaps.
   """
-  first = jnp.maximum(ranges[0, *index] - part * blocks, 0)
-  end = jnp.minimum(ranges[1, *index] - part * blocks, blocks)
-
-  def visit(j, _):
-    whole = is_whole(part * blocks + j)
-    pl.when(whole)(lambda: body(j, False))
-    pl.when(~whole)(lambda: body(j, True))
-
-  def visit_two(i, _):
-    j = first + 2 * i
-    # Spans are read of blocks that there are.
-    second = jnp.minimum(j + 1, end - 1)
-    both = (second > j) & is_whole(part * blocks + j) & is_whole(part * blocks + second)
-    pl.when(both)(lambda: body(j, False, 2))
-    jax.lax.fori_loop(j, jnp.where(both, j, second + 1), visit, None)
-
-  if in_pairs and blocks > 1:
-    jax.lax.fori_loop(0, div(jnp.maximum(end - first, 0) + 1, 2), visit_two, None)
-  else:
-    jax.lax.fori_loop(first, end, visit, None)
-
-
-def is_whole(query_spans, key_spans, rule: Rule, b, i, j):
-  of = lambda spans, block: Span(*(spans[n, b, block] for n in range(4)))
-  return all_may_attend(of(query_spans, i), of(key_spans, j), rule)
-
-
-def scalars(queries: Tokens, keys: Tokens, settings: Settings, *, by_keys: bool = False):
-  """What the kernels know of blocks beforehand: ranges, and the spans of queries and of keys."""
-  meet = blocks_that_meet(queries, keys, settings.rule, settings.query_block, settings.key_block)
-  return (
-    ranges_of(meet.swapaxes(1, 2) if by_keys else meet),
-    jnp.stack(block_spans(queries, settings.query_block)),
-    jnp.stack(block_spans(keys, settings.key_block)),
+  first, end, whole_first, whole_end = (
+    jnp.clip(ranges[n, *index] - part * blocks, 0, blocks) for n in range(4)
   )
+  whole = whole_end - whole_first
+
+  def visit_whole(n, _):
+    body(whole_first + at_once * n, (False,) * at_once)
+
+  jax.lax.fori_loop(0, div(whole, at_once), visit_whole, None)
+  masked_first = whole_end
+  if at_once == 2:
+    left = whole & 1
+    together = left & (end > whole_end)
+    pl.when(together == 1)(lambda: body(whole_end - 1, (False, True)))
+    pl.when(left > together)(lambda: body(whole_end - 1, (False,)))
+    masked_first += together
+
+  before = whole_first - first
+
+  def visit_masked(n, _):
+    body(jnp.where(n < before, first + n, masked_first + n - before), (True,))
+
+  jax.lax.fori_loop(0, before + end - masked_first, visit_masked, None)
 
 
 def needed_part(ranges, index, part, blocks: int):
@@ -148,9 +148,13 @@ def as_rows(ids, tokens=slice(None)) -> Tokens:
   return Tokens(ids[0, 0:1, tokens], ids[0, 1:2, tokens])
 
 
-def as_columns(ids, tokens=slice(None)) -> Tokens:
-  """[n, 1], along the sublanes."""
-  column = lambda row: jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+def as_columns(ids, width: int, tokens=slice(None)) -> Tokens:
+  """[n, width], each equal along the lanes; width is a multiple of `LANES`."""
+
+  def column(row):
+    one = jnp.broadcast_to(row, (LANES, row.shape[1])).T
+    return jnp.concatenate([one] * (width // LANES), axis=1)  # The same registers.
+
   return Tokens(*map(column, as_rows(ids, tokens)))
 
 
@@ -177,57 +181,18 @@ def _may_attend(queries: Tokens, keys: Tokens, rule: Rule) -> Array:
   return allowed
 
 
-class OverQueries(NamedTuple):
-  """How a kernel goes over blocks of queries, and for each over parts of the keys.
+def cost_estimate(products: int, query: Array, count: int, *arrays: Array) -> pl.CostEstimate:
+  """What the compiler is told of a kernel: as if all queries attended to all `count` keys.
 
-  Attributes:
-    grid: (batch, heads, blocks of queries, parts of the keys).
-    specs: of query, key, value, the queries' ids and the keys' ids.
-    queries, numbers: index maps of [batch, heads, seq, ..] and of [batch, heads, 1, seq].
-    part: (b, i, part, ranges) -> the part of the keys to have on the chip.
+  Args:
+    products: multiplications for a query, head and key.
+    query: [batch, heads, seq, key_dim].
+    count: keys.
+    arrays: of which each is read or written once.
   """
-
-  grid: tuple[int, int, int, int]
-  specs: list[pl.BlockSpec]
-  queries: Callable
-  numbers: Callable
-  part: Callable
-
-
-def over_queries(
-  query: Array, key: Array, value: Array, limit: int, settings: Settings
-) -> OverQueries:
-  """limit: keys to have on the chip at once, at most."""
-  batch, heads, seq, key_dim = query.shape
-  kv_heads, count, value_dim = value.shape[1:]
-  group, block = heads // kv_heads, settings.query_block
-  resident = resident_tokens(settings.key_block, limit, key, value)
-  blocks = resident // settings.key_block
-
-  def needed(b, i, part, ranges):
-    return needed_part(ranges, (b, i), part, blocks) if count > resident else 0
-
-  def queries(b, h, i, part, *_):
-    return b, h, i, 0
-
-  def numbers(b, h, i, part, *_):
-    return b, h, 0, i
-
-  def of_keys(b, h, i, part, ranges, *_):
-    return b, div(h, group), needed(b, i, part, ranges), 0
-
-  def ids_of_keys(b, h, i, part, ranges, *_):
-    return b, 0, needed(b, i, part, ranges)
-
-  specs = [
-    pl.BlockSpec((1, 1, block, key_dim), queries),
-    pl.BlockSpec((1, 1, resident, key_dim), of_keys),
-    pl.BlockSpec((1, 1, resident, value_dim), of_keys),
-    pl.BlockSpec((1, 2, block), lambda b, h, i, part, *_: (b, 0, i)),
-    pl.BlockSpec((1, 2, resident), ids_of_keys),
-  ]
-  grid = (batch, heads, seq // block, count // resident)
-  return OverQueries(grid, specs, queries, numbers, needed)
+  scores = math.prod(query.shape[:3]) * count
+  moved = sum(x.size * x.dtype.itemsize for x in arrays)
+  return pl.CostEstimate(flops=2 * products * scores, transcendentals=scores, bytes_accessed=moved)
 
 
 def compiler_parameters(parallel: int, sequential: int):

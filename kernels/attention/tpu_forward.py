@@ -15,48 +15,69 @@ from kernels.attention.tpu_blocks import (
   as_columns,
   as_rows,
   compiler_parameters,
+  cost_estimate,
+  div,
   dot,
   ids,
-  is_whole,
   key_ids,
-  over_queries,
-  scalars,
+  needed_part,
+  ranges_of,
   scores_of,
   visit,
 )
 
 Array = jax.Array
 
-_RESIDENT_WITH_BIAS = 1024  # Tokens.
 _CHUNK = 256  # Keys.
 
 
 def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
   """out [batch, heads, seq, value_dim] and the rows' log-sum-exp, float32 [batch, heads, 1, seq]."""
-  batch, heads, seq, _ = query.shape
-  count, value_dim = value.shape[2:]
-  block = settings.query_block
-  limit = count if bias is None else _RESIDENT_WITH_BIAS
-  over = over_queries(query, key, value, limit, settings)
-  specs = over.specs
+  batch, heads, seq, key_dim = query.shape
+  kv_heads, count, value_dim = value.shape[1:]
+  group, block, resident = heads // kv_heads, settings.query_block, settings.resident
+
+  def needed(b, i, part, ranges):
+    blocks = resident // settings.key_block
+    return needed_part(ranges, (b, i), part, blocks) if count > resident else 0
+
+  def of_queries(b, h, i, part, *_):
+    return b, h, i, 0
+
+  def numbers(b, h, i, part, *_):
+    return b, h, 0, i
+
+  def of_keys(b, h, i, part, ranges, *_):
+    return b, div(h, group), needed(b, i, part, ranges), 0
+
+  def ids_of_keys(b, h, i, part, ranges, *_):
+    return b, 0, needed(b, i, part, ranges)
+
   arrays = [query, key, value, ids(queries), key_ids(keys)]
+  specs = [
+    pl.BlockSpec((1, 1, block, key_dim), of_queries),
+    pl.BlockSpec((1, 1, resident, key_dim), of_keys),
+    pl.BlockSpec((1, 1, resident, value_dim), of_keys),
+    pl.BlockSpec((1, 2, block), lambda b, h, i, part, *_: (b, 0, i)),
+    pl.BlockSpec((1, 2, resident), ids_of_keys),
+  ]
   if bias is not None:
 
     def of_bias(b, h, i, part, ranges, *_):
       row, head = (b if bias.shape[0] > 1 else 0), (h if bias.shape[1] > 1 else 0)
-      return row, head, over.part(b, i, part, ranges), i
+      return row, head, needed(b, i, part, ranges), i
 
-    specs = [*specs, pl.BlockSpec((1, 1, count // over.grid[3], block), of_bias)]
+    specs.append(pl.BlockSpec((1, 1, resident, block), of_bias))
     arrays.append(bias.mT)
   return pl.pallas_call(
     functools.partial(_forward_kernel, settings=settings, has_bias=bias is not None),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=4,
-      grid=over.grid,
+      num_scalar_prefetch=2,
+      grid=(batch, heads, seq // block, count // resident),
       in_specs=specs,
       out_specs=[
-        pl.BlockSpec((1, 1, block, value_dim), over.queries),
-        pl.BlockSpec((1, 1, 1, block), over.numbers),
+        pl.BlockSpec((1, 1, block, value_dim), of_queries),
+        pl.BlockSpec((1, 1, 1, block), numbers),
       ],
       scratch_shapes=[
         pltpu.VMEM((1, block), jnp.float32),
@@ -68,14 +89,13 @@ def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
       jax.ShapeDtypeStruct((batch, heads, seq, value_dim), query.dtype),
       jax.ShapeDtypeStruct((batch, heads, 1, seq), jnp.float32),
     ],
+    cost_estimate=cost_estimate(key_dim + value_dim, query, count, *arrays, query),
     compiler_params=compiler_parameters(3, 1),
     name="attention_forward",
-  )(*scalars(queries, keys, settings), slopes, *arrays)
+  )(ranges_of(queries, keys, settings), slopes, *arrays)
 
 
-def _forward_kernel(
-  ranges, query_spans, key_spans, slopes, *refs, settings: Settings, has_bias: bool
-):
+def _forward_kernel(ranges, slopes, *refs, settings: Settings, has_bias: bool):
   query, key, value, query_ids, all_keys, *rest = refs
   bias, (out, lse, largest, total, sums) = (rest[0], rest[1:]) if has_bias else (None, rest)
   b, h, i, part = (pl.program_id(axis) for axis in range(4))
@@ -90,21 +110,22 @@ def _forward_kernel(
   queries = as_rows(query_ids)
   chunk = math.gcd(block, _CHUNK)
 
-  def attend(j, masked, blocks=1):
+  def attend(j, masked):
     chunks = [
-      pl.ds(pl.multiple_of(j * block + start, chunk), chunk)
-      for start in range(0, blocks * block, chunk)
+      (pl.ds(pl.multiple_of((j + n) * block + start, chunk), chunk), needs_mask)
+      for n, needs_mask in enumerate(masked)
+      for start in range(0, block, chunk)
     ]
     product = lambda rows: dot(key[0, 0, rows, :], query[0, 0], (1, 1))
-    products = product(chunks[0])
-    for rows, following in zip(chunks, [*chunks[1:], None]):
+    products = product(chunks[0][0])
+    for (rows, needs_mask), following in zip(chunks, [*chunks[1:], None]):
       # The matrix unit works on the next products meanwhile: the compiler keeps this order.
-      later = None if following is None else product(following)
-      update(rows, products, masked)
+      later = None if following is None else product(following[0])
+      update(rows, products, needs_mask)
       products = later
 
   def update(rows, products, masked):
-    keys = as_columns(all_keys, rows) if masked or settings.alibi else None
+    keys = as_columns(all_keys, query.shape[2], rows) if masked or settings.alibi else None
     scores = scores_of(products, queries, keys, slopes[h], masked, settings)
     if bias is not None:
       scores = scores + bias[0, 0, rows, :] * LOG2_E
@@ -118,13 +139,12 @@ def _forward_kernel(
     v = value[0, 0, rows, :]
     sums[...] = correction * sums[...] + dot(v, weights.astype(v.dtype), (0, 0))
 
-  whole = lambda j: is_whole(query_spans, key_spans, settings.rule, b, i, j)
-  visit(ranges, (b, i), part, key.shape[2] // block, whole, attend, in_pairs=True)
+  visit(ranges, (b, i), part, key.shape[2] // block, attend, at_once=2)
 
   @pl.when(part == pl.num_programs(3) - 1)
   def _():
     # A row that may attend to nothing gives zeros, and weights of 0 backward.
     some = largest[...] > FORBIDDEN / 2
     mean = sums[...] * jnp.where(some, 1 / total[...], 0)
-    out[0, 0] = mean.T.astype(out.dtype)
+    out[0, 0] = mean.astype(out.dtype).T  # Half the registers to transpose.
     lse[0, 0] = jnp.where(some, largest[...] + jnp.log2(total[...]), jnp.inf)

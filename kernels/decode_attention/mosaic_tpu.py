@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.tpu_blocks import FORBIDDEN, LANES, LOG2_E, div, dot
+from kernels.attention.tpu_blocks import FORBIDDEN, LANES, LOG2_E, dot
 
 Array = jax.Array
 
-_BLOCK_SLOTS = 512
-_BLOCK_BYTES = 2 * 2**20  # Of keys and values in a grid step.
-_MAX_PAGES = 8  # In a grid step.
+_BLOCK_SLOTS = 512  # In a grid step.
+_BLOCK_BYTES = 2 * 2**20  # Of keys and values, likewise.
+_MAX_PAGES = 8  # Likewise.
 _VMEM_BYTES = 64 * 2**20
 
 
@@ -51,36 +51,36 @@ def decode_attention(
   _, kv_heads, slots, value_dim = values.shape
   group = heads // kv_heads
   slopes = jnp.zeros(heads) if alibi_slopes is None else alibi_slopes
-  if page_table is None:
-    parts, block = 1, min(_BLOCK_SLOTS, -(-slots // LANES) * LANES)
-    blocks = -(-slots // block)
+  # A slot of codes has half the bytes, at most.
+  at_once = _BLOCK_SLOTS if key_scales is None else 2 * _BLOCK_SLOTS
+  paged = page_table is not None
+  if not paged:
+    parts, blocks = 1, pl.cdiv(slots, at_once)
+    block = pl.cdiv(pl.cdiv(slots, blocks), LANES) * LANES
     padded = blocks * block - slots
     if padded:
       pad = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, padded)] + [(0, 0)] * (x.ndim - 3))
       keys, values = pad(keys), pad(values)
       key_scales = None if key_scales is None else pad(key_scales)
       value_scales = None if value_scales is None else pad(value_scales)
-    page_table = jnp.zeros((1, 1), jnp.int32)
-
-    def place(b, j, part, starts, lengths, table):
-      return b, _within(j, starts[b], lengths[b], block)
+    fetched = _within(blocks, starts, lengths, block)
   else:
     pages, block = page_table.shape[1], slots
-    parts = min(_MAX_PAGES, max(1, _BLOCK_SLOTS // block), pages)
-    blocks = -(-pages // parts)
-    page_table = jnp.pad(page_table, ((0, 0), (0, blocks * parts - pages)))
-
-    def place(b, j, part, starts, lengths, table):
-      # Pages past the row's end would be fetched for nothing: take the last one again.
-      page = _within(j, starts[b], lengths[b], parts * block) * parts + part
-      last = div(jnp.maximum(lengths[b] - 1, 0), block)
-      return table[b, jnp.minimum(page, last)], 0
+    parts = min(_MAX_PAGES, max(1, at_once // block), pages)
+    blocks = pl.cdiv(pages, parts)
+    steps = _within(blocks, starts, lengths, parts * block)
+    fetched = (steps[:, :, None] * parts + jnp.arange(parts)).reshape(batch, -1)
+    # Pages past the row's end would be fetched for nothing: take the last one again.
+    last = jnp.maximum(lengths - 1, 0) // block
+    fetched = jnp.minimum(fetched, last[:, None])
+    fetched = jnp.take_along_axis(page_table, fetched, axis=1, mode="clip")
 
   heads_at_once = _heads_at_once(kv_heads, parts * block, keys, values)
 
   def rows_of(part, four):
-    def index(b, h, j, starts, lengths, table, slopes):
-      row, slot_block = place(b, j, part, starts, lengths, table)
+    def index(b, h, j, starts, lengths, fetched, slopes):
+      at = fetched[b, j * parts + part]
+      row, slot_block = (at, 0) if paged else (b, at)
       return (row, h, slot_block, 0) if four else (row, h, 0, slot_block)
 
     return index
@@ -129,15 +129,18 @@ def decode_attention(
       dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
     ),
     name="decode_attention",
-  )(starts, lengths, page_table, slopes.astype(jnp.float32), *arrays)
+  )(starts, lengths, fetched.astype(jnp.int32), slopes.astype(jnp.float32), *arrays)
   return out.reshape(batch, heads, value_dim), log_sum_exp[..., 0].reshape(batch, heads)
 
 
-def _within(j, start, length, block: int):
-  """The block to have on the chip in step j: one without slots of the row is not fetched."""
-  first = div(jnp.maximum(start, 0), block)
-  last = div(jnp.maximum(length - 1, 0), block)
-  return jnp.clip(j, jnp.minimum(first, last), last)
+def _within(blocks: int, starts: Array, lengths: Array, block: int) -> Array:
+  """The block to have on the chip in each step, [batch, blocks]: one without slots is not fetched.
+
+  Known before the kernel starts: for every operand it would be work of the scalar core in each step.
+  """
+  first = jnp.maximum(starts, 0) // block
+  last = jnp.maximum(lengths - 1, 0) // block
+  return jnp.clip(jnp.arange(blocks), jnp.minimum(first, last)[:, None], last[:, None])
 
 
 def _heads_at_once(kv_heads: int, slots: int, *arrays: Array) -> int:
@@ -149,7 +152,7 @@ def _heads_at_once(kv_heads: int, slots: int, *arrays: Array) -> int:
 def _kernel(
   starts,
   lengths,
-  table,
+  fetched,
   slopes,
   query,
   *refs,
@@ -168,7 +171,8 @@ def _kernel(
   _, heads_at_once, group, _ = query.shape
   start, length, first = starts[b], lengths[b], j * parts * block
   # The parts of a head, one behind the other.
-  of_head = lambda parts, head, axis: jnp.concatenate([x[0, head] for x in parts], axis=axis)
+  of_head = lambda parts, head: jnp.concatenate([x[0, head] for x in parts], axis=0)
+  of_all = lambda parts: jnp.concatenate([x[0] for x in parts], axis=2)
 
   @pl.when(j == 0)
   def _():
@@ -181,27 +185,36 @@ def _kernel(
     slots = first + jax.lax.broadcasted_iota(jnp.int32, (1, parts * block), 1)
     allowed = (slots >= start) & (slots < length)
     distance = (slots - (length - 1)).astype(jnp.float32)
-    for head in range(heads_at_once):
+    each = range(heads_at_once)
+
+    # One stage for all heads after the other: theirs do not wait for each other.
+    def of_keys(head):
       q = query[0, head]
-      scores = dot(q, _widened(of_head(keys, head, 0), q.dtype), (1, 1)) * (scale * LOG2_E)
-      if key_scales is not None:
-        scores = scores * of_head(key_scales, head, 1)
-      if alibi:
-        query_head = (h * heads_at_once + head) * group
-        slope = jnp.concatenate([jnp.full((1, 1), slopes[query_head + g]) for g in range(group)])
-        scores = scores + (slope * LOG2_E) * distance
-      scores = jnp.where(allowed, scores, FORBIDDEN)
-      before = largest[head, :, :1]
-      now = jnp.maximum(before, scores.max(axis=1, keepdims=True))
-      weights = jnp.exp2(scores - now)
-      correction = jnp.exp2(before - now)
-      summed = correction * total[head, :, :1] + weights.sum(axis=1, keepdims=True)
-      if value_scales is not None:
-        weights = weights * of_head(value_scales, head, 1)
-      v = _widened(of_head(values, head, 0), q.dtype)
-      sums[head] = correction * sums[head] + dot(weights.astype(v.dtype), v, (1, 0))
-      largest[head] = jnp.broadcast_to(now, largest.shape[1:])
-      total[head] = jnp.broadcast_to(summed, total.shape[1:])
+      return dot(q, _widened(of_head(keys, head), q.dtype), (1, 1))
+
+    scores = jnp.stack([of_keys(head) for head in each]) * (scale * LOG2_E)
+    if key_scales is not None:
+      scores = scores * of_all(key_scales)
+    if alibi:
+      first_head = h * heads_at_once * group
+      slope = lambda head, g: jnp.full((1, 1), slopes[first_head + head * group + g])
+      of_heads = jnp.stack([jnp.concatenate([slope(n, g) for g in range(group)]) for n in each])
+      scores = scores + (of_heads * LOG2_E) * distance
+    scores = jnp.where(allowed, scores, FORBIDDEN)
+    before = largest[:, :, :1]
+    now = jnp.maximum(before, scores.max(axis=2, keepdims=True))
+    weights = jnp.exp2(scores - now)
+    correction = jnp.exp2(before - now)
+    summed = correction * total[:, :, :1] + weights.sum(axis=2, keepdims=True)
+    if value_scales is not None:
+      weights = weights * of_all(value_scales)
+    weights = weights.astype(query.dtype)
+    of_values = lambda head: dot(
+      weights[head], _widened(of_head(values, head), query.dtype), (1, 0)
+    )
+    sums[...] = correction * sums[...] + jnp.stack([of_values(head) for head in each])
+    largest[...] = jnp.broadcast_to(now, largest.shape)
+    total[...] = jnp.broadcast_to(summed, total.shape)
 
   @pl.when(j == pl.num_programs(2) - 1)
   def _():
