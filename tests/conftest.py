@@ -1,13 +1,24 @@
 """The environment that JAX reads, set before any test imports it, and its programs freed in time."""
 
+import os
+
 import hypothesis
 import pytest
 
 from common import cli
 
 cli.prepare_jax()
-
 import jax  # noqa: E402
+
+# XLA's older emitters of fused loops, a module at a time: the tests compile far more than they run,
+# and so it takes a quarter of the CPU time. XLA reads its flags at the first compilation, libtpu, which
+# ends the process at one that it does not know, later.
+_flags = os.environ["XLA_FLAGS"]
+os.environ["XLA_FLAGS"] += (
+  " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+jax.jit(lambda x: x + 1)(0)
+os.environ["XLA_FLAGS"] = _flags
 
 # An example may compile, and how long that takes depends on what else the machine does.
 hypothesis.settings.register_profile("no deadline", deadline=None)

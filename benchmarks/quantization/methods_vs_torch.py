@@ -3,6 +3,7 @@ against PyTorch, on the CPU.
 
   .venv/bin/pip install -r benchmarks/requirements.txt
   python -m benchmarks.quantization.methods_vs_torch
+  python -m benchmarks.quantization.methods_vs_torch --block --repeats=1
 
 A method is what its time goes into: the steps of FlexRound and FlatQuant, AdaDim's two axes, the
 searches of Outlier Suppression+ and LLM-FP4, LoRC's factors, VPTQ's k-means and its pass over the
@@ -15,6 +16,10 @@ of its own with as many threads; the PyTorch side (`torch_methods.py`) is writte
 are compared before the ratio torch / ours (above 1: ours is faster) goes to `methods_vs_torch.json`
 beside this file; `--only=NAME` measures some methods and leaves the others' results there.
 Compilation is not timed.
+
+`--block` takes the sizes of a block of Llama-2-7B, whose linears have 4096 or 11008 outputs, and
+64 x 512 tokens of calibration: of what repeats, a few steps, candidates or iterations, and of what
+learns the paper's batch. Its results go to `methods_vs_torch_block.json`.
 """
 
 import argparse
@@ -35,60 +40,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
 from threadpoolctl import threadpool_limits
 
-from benchmarks.quantization import torch_methods
+from benchmarks.quantization import jax_methods, torch_methods
 from benchmarks.quantization.awq_gptq_vs_torch import cpu_name, make_layer, seconds
 from benchmarks.quantization.torch_methods import (
   BITS,
-  BLOCK,
   CENTROIDS,
-  CLIP_FACTOR,
-  FACTOR,
-  FLAT_RATE,
   FLAT_STEPS,
   GRID,
-  GROUP,
-  INITIAL_CLIP,
   ITERATIONS,
-  LENGTH,
   RANK,
-  RATE,
   STEPS,
   WIDTH,
 )
-from common.quantization import rtn
-from common.quantization.activations import ActivationFormat
-from common.quantization.equivalent import smoothquant_scale
-from common.quantization.gptq import hessian
-from common.quantization.low_rank import low_rank
-from common.quantization.online_transforms import clipped_fake_quantize
-from common.quantization.quantized_array import IntegerFormat
-from common.quantization.quantized_kernel import QuantizedKernel
-from common.quantization.reconstruction import ReconstructionSettings, reconstruct
-from common.quantization.shift_and_scale import linear_outputs, search_scale
-from projects.adadim.adadim import axis_candidates, output_error
-from projects.flatquant.flat_block import ClipFactors, FlatQuantSettings, clip_kernel, round_kernel
-from projects.flatquant.flatquant import make_optimizer as flatquant_optimizer
-from projects.flatquant.flatquant import normalized_error
-from projects.flatquant.transforms import KroneckerTransform, SVDMatrix, random_orthogonal
-from projects.flexround.flexround import FlexRound, FlexRoundSettings, feature_sum, make_optimizer
-from projects.flexround.scale_search import min_max_scales
-from projects.llm_fp4.llm_fp4 import FPQSettings, search_linear
-from projects.qllm.channel_reassembly import reassemble
-from projects.vptq.kmeans import lloyd
-from projects.vptq.vptq import column_pass
-
-FORMAT = IntegerFormat(BITS, GROUP)
-FPQ = FPQSettings(rounds=1, grid_size=GRID)
 
 
 class Method(NamedTuple):
   """One comparison.
 
   Attributes:
-    sizes: tokens (if the method looks at any) and outputs of the layer, and what else there is to
+    sizes: tokens and outputs of the layer (if the method looks at any), and what else there is to
       say.
     inputs: (w [4096, outputs], x [tokens, 4096]) -> NumPy arrays by name, for both sides.
     ours: a function of those arrays, to be compiled; returns arrays by name.
@@ -103,10 +75,6 @@ class Method(NamedTuple):
   torch: Callable
   check: Callable
   blas_threads: int | None = None
-
-
-def layer(w: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
-  return {"w": w, "x": x}
 
 
 def relative(name: str, tolerance: float) -> Callable:
@@ -135,215 +103,41 @@ def both(*checks: Callable) -> Callable:
   return lambda *sides: functools.reduce(lambda a, b: a | b, (check(*sides) for check in checks))
 
 
-# ---------------------------------------------------------------- AdaDim: the error of either axis
-
-
-def our_axis_errors(w, x):
-  h = hessian(x)
-  return {"errors": jnp.stack([output_error(c - w, h) for c in axis_candidates(w, FORMAT)])}
-
-
-# ---------------------------------------------------------------- LoRC: factors of the rounding error
-
-
-def rounding_error(w, x):
-  del x
-  rounded = np.asarray(jax.jit(rtn.fake_quantize, static_argnums=1)(w, FORMAT))
-  return {"error": w - rounded}
-
-
-def our_factors(error):
-  return {"product": low_rank(error, RANK).product()}
-
-
-# ---------------------------------------------------------------- QLLM: which channels are merged
-
-
-def with_splits(w, x):
-  """Splits that add a fifth of the channels."""
-  largest, extra = np.abs(x).max(axis=0), WIDTH // 5
-  for threshold in np.linspace(largest.max(), largest.min(), 1000):
-    needed = np.maximum(1, np.ceil(largest / np.float32(threshold))).astype(np.int32)
-    if needed.sum() - WIDTH > extra:
-      break
-    splits = needed
-  return {"w": w, "x": x, "splits": splits}
-
-
-def our_merges(w, x, splits):
-  found = reassemble(x, w, splits, WIDTH // 5)
-  order = jnp.argsort(found.source)
-  return {"sources": found.source[order], "targets": found.target[order]}
-
-
-# ---------------------------------------------------------------- FlexRound: steps of Adam
-
-OPTIMIZER = make_optimizer(RATE, STEPS)
-
-
-def our_flexround(w, x):
-  linear = nnx.eval_shape(lambda: nnx.Linear(*w.shape, use_bias=False, rngs=nnx.Rngs(0)))
-  linear.kernel = nnx.Param(w)
-  weight = FlexRound(w, *min_max_scales(w, FORMAT), FlexRoundSettings(FORMAT))
-  learned, log = reconstruct(
-    QuantizedKernel(linear, weight),
-    x[None],
-    jnp.matmul(x, w)[None],
-    None,
-    jax.random.key(0),
-    ReconstructionSettings(STEPS, 1),
-    OPTIMIZER,
-    objective=feature_sum,
-    run=lambda student, x, context: student(x),
-  )
-  return {"losses": log.losses, "codes": learned.weight.codes()}
-
-
-# ---------------------------------------------------------------- FlatQuant: steps of Adam
-
-FLAT = FlatQuantSettings(
-  IntegerFormat(BITS, symmetric=True),
-  ActivationFormat(BITS, symmetric=True),
-  initial_clip=INITIAL_CLIP,
-)
-FLAT_OPTIMIZER = flatquant_optimizer(FLAT_RATE, FLAT_STEPS, clip_rate_factor=CLIP_FACTOR)
-
-
-class FlatLinear(nnx.Module):
-  """One linear of a `FlatBlock`, Q(X diag(c) P) Q(P^-1 diag(1 / c) W)."""
-
-  def __init__(self, kernel, left, right, scale):
-    matrices = [SVDMatrix(FACTOR, jax.random.key(0)) for _ in (left, right)]
-    for matrix, raw in zip(matrices, (left, right)):
-      matrix.raw[...] = raw
-    self.kernel = nnx.Param(kernel)
-    self.transform = KroneckerTransform(*matrices, scale)
-    self.weight_clips = ClipFactors((kernel.shape[1],), FLAT)
-    self.input_clips = ClipFactors((), FLAT)
-
-  def __call__(self, x):
-    factors = self.transform.factors()
-    kernel = factors.apply_inverse(self.kernel[...])
-    kernel = round_kernel(clip_kernel(kernel, self.weight_clips.factors()), FLAT.weights)
-    x = clipped_fake_quantize(factors.apply(x), FLAT.activations, self.input_clips.factors())
-    return jnp.matmul(x, kernel)
-
-
-def with_matrices(w, x):
-  """Raw matrices of U and V of both factors, and FlatQuant's c, to start from."""
-  raw = [np.asarray(random_orthogonal(jax.random.key(i), FACTOR)) for i in range(4)]
-  left, right = np.stack(raw[:2]), np.stack(raw[2:])
-  scale = 1 / np.asarray(smoothquant_scale(np.abs(x).max(axis=0), [w], FLAT.scale_alpha))
-  return {"w": w, "x": x, "left": left, "right": right, "scale": scale}
-
-
-def our_flatquant(w, x, left, right, scale):
-  learned, log = reconstruct(
-    FlatLinear(w, left, right, scale),
-    x[None],
-    jnp.matmul(x, w)[None],
-    None,
-    jax.random.key(0),
-    ReconstructionSettings(FLAT_STEPS, 1, keep_best=False),
-    FLAT_OPTIMIZER,
-    objective=normalized_error,
-    run=lambda student, x, context: student(x),
-  )
-  errors = jnp.stack([log.before, log.after])
-  return {"errors": errors, "change of c": learned.transform.scale[...] - scale}
-
-
-# ---------------------------------------------------------------- Outlier Suppression+: thresholds
-
-
-def small_range(w, x):
-  """Inputs up to 50: as many candidates as the paper's grid has at least, 100."""
-  return {"w": w, "x": x * np.float32(49.9 / np.abs(x).max())}
-
-
-def our_threshold(w, x):
-  mask = jnp.ones((len(x), 1))
-  formats = IntegerFormat(BITS), ActivationFormat(BITS)
-  ends = x.min(axis=0), x.max(axis=0)
-  found = search_scale(linear_outputs, x, {"w": w}, mask, *ends, *formats)
-  return {"threshold": found.threshold[None], "loss": found.loss[None]}
-
-
-# ---------------------------------------------------------------- LLM-FP4: formats and biases
-
-
-def our_formats(w, x):
-  found = search_linear(w, x, jnp.abs(x).max(axis=0), FPQ)
-  formats = jnp.stack([found.weight_format, found.activation_format])
-  return {"formats": formats, "weight biases": found.weight_bias, "error": found.output_error[None]}
-
-
-# ---------------------------------------------------------------- VPTQ: k-means and the channels
-
-
-def vectors(w, x):
-  """The layer's vectors, a weight each, and centroids to start from."""
-  parts = w.reshape(-1, LENGTH)
-  importance = np.repeat((x**2).mean(axis=0), w.shape[1] // LENGTH)
-  chosen = np.random.default_rng(0).permutation(len(parts))[:CENTROIDS]
-  importance = importance / importance.mean()
-  return {"vectors": parts, "importance": importance, "centroids": parts[chosen]}
-
-
-def our_kmeans(vectors, importance, centroids):
-  weights = jnp.broadcast_to(importance[:, None], vectors.shape)
-  found, inertia = lloyd(vectors, weights, centroids, max_iterations=ITERATIONS, tolerance=0.0)
-  return {"centroids": found, "inertia": inertia[None]}
-
-
-def with_factor(w, x):
-  """Codebook of some of the vectors; U with inv(H) = U^T U, 1 % damped."""
-  h = torch.from_numpy(2 * x.T @ x / len(x))
-  h.diagonal().add_(0.01 * h.diagonal().mean())
-  u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-  return {"w": w, "u": u.numpy(), "codebook": vectors(w, x)["centroids"]}
-
-
-def our_pass(w, u, codebook):
-  found = column_pass(w, u, codebook[None], block_size=BLOCK)
-  return {"indices": found.indices, "energy": jnp.sum(found.feedback**2)[None]}
-
-
 # ---------------------------------------------------------------- the comparison
 
 METHODS = {
   "zeroquant_v2: LoRC, torch by SVD as published": Method(
     {"outputs": 2048, "rank": RANK},
-    rounding_error,
-    our_factors,
+    jax_methods.rounding_error,
+    jax_methods.our_factors,
     torch_methods.torch_factors_by_svd,
     relative("product", 1e-3),
   ),
   "zeroquant_v2: LoRC, torch by eigenvectors": Method(
     {"outputs": 2048, "rank": RANK},
-    rounding_error,
-    our_factors,
+    jax_methods.rounding_error,
+    jax_methods.our_factors,
     torch_methods.torch_factors_by_eigenvectors,
     relative("product", 1e-3),
   ),
   "qllm: matching of channels": Method(
     {"tokens": 4096, "outputs": WIDTH},
-    with_splits,
-    our_merges,
+    jax_methods.with_splits,
+    jax_methods.our_merges,
     torch_methods.torch_merges,
     both(equal_share("sources", 0.9), equal_share("targets", 0.9)),
   ),
   "flexround: steps of Adam": Method(
     {"tokens": 2048, "outputs": WIDTH, "steps": STEPS},
-    layer,
-    our_flexround,
+    jax_methods.layer,
+    jax_methods.our_flexround,
     torch_methods.torch_flexround,
     both(relative("losses", 1e-2), equal_share("codes", 0.99)),
   ),
   "flatquant: steps of Adam": Method(
     {"tokens": 1024, "outputs": 2048, "steps": FLAT_STEPS},
-    with_matrices,
-    our_flatquant,
+    jax_methods.with_matrices,
+    jax_methods.our_flatquant,
     torch_methods.torch_flatquant,
     # A value on a tie may be rounded either way, and Adam steps by the sign of small gradients.
     both(relative("errors", 1e-2), relative("change of c", 0.1)),
@@ -351,47 +145,110 @@ METHODS = {
   ),
   "outlier_suppression_plus: threshold search": Method(
     {"tokens": 1024, "outputs": 256, "candidates": 101},
-    small_range,
-    our_threshold,
+    jax_methods.small_range,
+    jax_methods.our_threshold,
     torch_methods.torch_threshold,
     both(relative("threshold", 0.02), relative("loss", 1e-3)),
   ),
   "llm_fp4: search of formats and biases": Method(
-    {"tokens": 256, "outputs": 256, "rounds": FPQ.rounds, "candidates": 6 * GRID},
-    layer,
-    our_formats,
+    {"tokens": 256, "outputs": 256, "rounds": 1, "candidates": 6 * GRID},
+    jax_methods.layer,
+    jax_methods.our_formats,
     torch_methods.torch_formats,
     both(equal_share("formats", 1), relative("error", 1e-2)),
   ),
   "vptq: weighted k-means": Method(
     {"tokens": 4096, "outputs": 192, "centroids": CENTROIDS, "iterations": ITERATIONS},
-    vectors,
-    our_kmeans,
+    jax_methods.vectors,
+    jax_methods.our_kmeans,
     torch_methods.torch_kmeans,
     relative("inertia", 1e-3),
   ),
   "vptq: channels with feedback": Method(
     {"tokens": 8192, "outputs": 384, "centroids": CENTROIDS},
-    with_factor,
-    our_pass,
+    jax_methods.with_factor,
+    jax_methods.our_pass,
     torch_methods.torch_pass,
     both(equal_share("indices", 0.9), relative("energy", 1e-2)),
   ),
   "adadim: error of either axis": Method(
     {"tokens": 8192, "outputs": WIDTH},
-    layer,
-    our_axis_errors,
+    jax_methods.layer,
+    jax_methods.our_axis_errors,
     torch_methods.torch_axis_errors,
     relative("errors", 1e-3),
   ),
 }
 
+# Of a block of Llama-2-7B: 64 x 512 tokens of calibration, outputs of gate_proj and up_proj.
+TOKENS, MLP_WIDTH = 64 * 512, 11008
 
-def measure(name: str, side: str, repeats: int, out: pathlib.Path) -> None:
-  """Runs one side of one method in this process; writes its seconds and its result."""
+
+def sized(name: str, sizes: dict, **arguments) -> Method:
+  """One of `METHODS` at other sizes, and with arguments of both sides."""
   method = METHODS[name]
+  return method._replace(
+    sizes=method.sizes | sizes,
+    ours=functools.partial(method.ours, **arguments),
+    torch=functools.partial(method.torch, **arguments),
+  )
+
+
+_OF_ONE_THRESHOLD = Method(
+  {"tokens": TOKENS, "outputs": MLP_WIDTH, "candidates": 1},
+  jax_methods.small_range,
+  jax_methods.our_one_threshold,
+  torch_methods.torch_one_threshold,
+  relative("loss", 1e-3),
+)
+_OF_THE_HESSIAN = Method(
+  {"tokens": TOKENS},
+  jax_methods.layer,
+  jax_methods.our_hessian,
+  torch_methods.torch_hessian,
+  relative("hessian", 1e-4),
+)
+# Sizes, and arguments that make fewer candidates, steps or iterations of what would take minutes.
+_OF_A_BLOCK = {
+  "zeroquant_v2: LoRC, torch by SVD as published": ({"outputs": WIDTH}, {}),
+  "zeroquant_v2: LoRC, torch by eigenvectors": ({"outputs": WIDTH}, {}),
+  "qllm: matching of channels": ({"tokens": TOKENS, "outputs": MLP_WIDTH}, {}),
+  # The paper's batches: 2 x 1024 and 4 x 2048 tokens.
+  "flexround: steps of Adam": ({"outputs": MLP_WIDTH}, {}),
+  "flatquant: steps of Adam": (
+    {"tokens": 4 * 2048, "outputs": WIDTH, "steps": 2},
+    {"steps": 2},
+  ),
+  "llm_fp4: search of formats and biases": (
+    {"tokens": 8192, "outputs": WIDTH, "candidates": 6 * 2},
+    {"grid": 2},
+  ),
+  # Outputs that vectors of six divide.
+  "vptq: weighted k-means": (
+    {"tokens": TOKENS, "outputs": 4092, "iterations": 2},
+    {"iterations": 2},
+  ),
+  "vptq: channels with feedback": ({"tokens": TOKENS, "outputs": 11004}, {}),
+  "adadim: error of either axis": ({"tokens": TOKENS, "outputs": WIDTH}, {}),
+}
+BLOCK_METHODS = {
+  "gptq, vptq, adadim: Hessian": _OF_THE_HESSIAN,
+  "outlier_suppression_plus: one threshold": _OF_ONE_THRESHOLD,
+  **{name: sized(name, sizes, **more) for name, (sizes, more) in _OF_A_BLOCK.items()},
+}
+
+
+def make_inputs(method: Method) -> dict[str, np.ndarray]:
+  """What both sides of a method are given."""
+  outputs = method.sizes.get("outputs", 1)
   w, x = make_layer(WIDTH, method.sizes.get("tokens", 1))
-  arrays = method.inputs(np.ascontiguousarray(w[:, : method.sizes["outputs"]]), x)
+  more = [make_layer(WIDTH, 1, seed)[0] for seed in range(1, -(-outputs // WIDTH))]
+  return method.inputs(np.concatenate([w, *more], axis=1)[:, :outputs].copy(), x)
+
+
+def measure(method: Method, side: str, repeats: int, out: pathlib.Path) -> None:
+  """Runs one side of one method in this process; writes its seconds and its result."""
+  arrays = make_inputs(method)
   if side == "torch":
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_grad_enabled(False)
@@ -407,13 +264,14 @@ def measure(name: str, side: str, repeats: int, out: pathlib.Path) -> None:
   np.savez(out, seconds=[t for t, _ in runs], **result)
 
 
-def compare(name: str, threads: int, repeats: int) -> dict:
+def compare(name: str, method: Method, threads: int, repeats: int, block: bool) -> dict:
   """Both sides of a method, one after the other, each in a process kept to as many cores."""
   cores, sides = sorted(os.sched_getaffinity(0))[:threads], {}
   with tempfile.TemporaryDirectory() as folder:
     for side in ("ours", "torch"):
       out = pathlib.Path(folder) / f"{side}.npz"
       command = [sys.executable, "-m", "benchmarks.quantization.methods_vs_torch"]
+      command += ["--block"] if block else []
       subprocess.run(
         [*command, f"--only={name}", f"--side={side}", f"--repeats={repeats}", f"--out={out}"],
         check=True,
@@ -428,17 +286,17 @@ def compare(name: str, threads: int, repeats: int) -> dict:
     flush=True,
   )
   return {
-    **METHODS[name].sizes,
+    **method.sizes,
     "ours_seconds": ours,
     "torch_seconds": theirs,
     "ratio": theirs / ours,
     "runs": runs,
     "load_average": os.getloadavg()[0],
-    "check": METHODS[name].check(sides["ours"], sides["torch"]),
+    "check": method.check(sides["ours"], sides["torch"]),
   }
 
 
-def results_to_keep(path: pathlib.Path, record: dict) -> dict:
+def results_to_keep(path: pathlib.Path, record: dict, methods: dict[str, Method]) -> dict:
   """The results of a file that were measured as `record` will be.
 
   Raises:
@@ -451,24 +309,29 @@ def results_to_keep(path: pathlib.Path, record: dict) -> dict:
         f"{path} has {name}={old.get(name)}, this run {record[name]}; run all methods again, or "
         "write elsewhere with --out"
       )
-  return {name: result for name, result in old["results"].items() if name in METHODS}
+  return {name: result for name, result in old["results"].items() if name in methods}
 
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+  names = list(dict.fromkeys([*METHODS, *BLOCK_METHODS]))
   parser.add_argument(
-    "--only", action="append", choices=METHODS, help="by default all; the others' results stay"
+    "--only", action="append", choices=names, help="by default all; the others' results stay"
   )
+  parser.add_argument("--block", action="store_true", help="at the sizes of a whole block")
   parser.add_argument("--threads", type=int, default=2, help="cores of either side")
   parser.add_argument("--repeats", type=int, default=3, help="warm runs; the best counts")
-  parser.add_argument(
-    "--out", type=pathlib.Path, default=pathlib.Path(__file__).with_suffix(".json")
-  )
+  parser.add_argument("--out", type=pathlib.Path, help="by default beside this file")
   parser.add_argument("--side", help="measure ours or torch in this process (internal)")
   args = parser.parse_args()
+  methods = BLOCK_METHODS if args.block else METHODS
+  if unknown := set(args.only or ()) - methods.keys():
+    parser.error(f"--only={unknown.pop()}: expected one of {', '.join(methods)}")
   if args.side:
-    measure(args.only[0], args.side, args.repeats, args.out)
+    measure(methods[args.only[0]], args.side, args.repeats, args.out)
     return
+  file = pathlib.Path(__file__)
+  out = args.out or file.with_name(f"{file.stem}_block.json" if args.block else f"{file.stem}.json")
   record = {
     "width": WIDTH,
     "bits": BITS,
@@ -484,12 +347,12 @@ def main():
       "python": platform.python_version(),
     },
   }
-  if args.only and args.out.exists():
-    record["results"] = results_to_keep(args.out, record)
-  for name in args.only or METHODS:
-    record["results"][name] = compare(name, args.threads, args.repeats)
+  if args.only and out.exists():
+    record["results"] = results_to_keep(out, record, methods)
+  for name in args.only or methods:
+    record["results"][name] = compare(name, methods[name], args.threads, args.repeats, args.block)
     # After every method: what is measured is kept if a later one fails.
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

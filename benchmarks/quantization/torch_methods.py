@@ -15,7 +15,20 @@ FLAT_STEPS, FLAT_RATE, CLIP_FACTOR = 4, 5e-3, 10.0  # FlatQuant's; the clips lea
 FACTOR = 64  # Of FlatQuant's P: 64 x 64 channels.
 INITIAL_CLIP = 4.0
 FLOATS, GRID = ((3, 0), (2, 1), (1, 2)), 100  # LLM-FP4's exponent and mantissa bits, and gammas.
+PASS_TOKENS = 4096  # Of calibration, at once.
 RANK, CENTROIDS, LENGTH, ITERATIONS, BLOCK = 8, 4096, 6, 5, 128
+
+
+# ---------------------------------------------------------------- Hessians of GPTQ, VPTQ, AdaDim
+
+
+def torch_hessian(w, x):
+  """Accumulated over passes of 4096 tokens."""
+  del w
+  total = torch.zeros(WIDTH, WIDTH)
+  for rows in x.split(PASS_TOKENS):
+    total.addmm_(rows.T, rows)
+  return {"hessian": total.mul_(2 / len(x))}
 
 
 # ---------------------------------------------------------------- AdaDim: the error of either axis
@@ -140,7 +153,7 @@ def torch_symmetric(rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -
 
 
 @torch.enable_grad()
-def torch_flatquant(w, x, left, right, scale):
+def torch_flatquant(w, x, left, right, scale, steps=FLAT_STEPS):
   target, start = x @ w, scale
   clips = [torch.full((2, w.shape[1], 1), INITIAL_CLIP), torch.full((2,), INITIAL_CLIP)]
   sigmas = [torch.ones(FACTOR).requires_grad_() for _ in (left, right)]
@@ -155,7 +168,7 @@ def torch_flatquant(w, x, left, right, scale):
   )
 
   def cosine(last: float):
-    return lambda step: last + (1 - last) * 0.5 * (1 + math.cos(math.pi * step / FLAT_STEPS))
+    return lambda step: last + (1 - last) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
   schedule = torch.optim.lr_scheduler.LambdaLR(
     optimizer, [cosine(1e-3), cosine(1e-3 / CLIP_FACTOR)]
@@ -174,7 +187,7 @@ def torch_flatquant(w, x, left, right, scale):
 
   with torch.no_grad():
     before = error()
-  for _ in range(FLAT_STEPS):
+  for _ in range(steps):
     loss = error()
     optimizer.zero_grad()
     (loss / loss.detach()).backward()
@@ -188,23 +201,37 @@ def torch_flatquant(w, x, left, right, scale):
 
 
 def torch_threshold(w, x):
-  low, high, target, w = x.amin(0), x.amax(0), x @ w, w.T.contiguous()
+  low, high = x.amin(0), x.amax(0)
   largest = torch.maximum(high.max(), -low.min())
   step = (largest - 1.0) / 100
+  target, w = x @ w, w.T.contiguous()
   best = float("inf"), None
+  for i in range(101):
+    threshold = largest - i * step
+    loss = torch_threshold_loss(w, x, target, low, high, threshold).item()
+    if loss < best[0]:
+      best = loss, threshold.item()
+  return {"threshold": torch.tensor([best[1]]), "loss": torch.tensor([best[0]])}
+
+
+def torch_one_threshold(w, x):
+  """The loss of half the largest threshold."""
+  low, high = x.amin(0), x.amax(0)
+  target, w = x @ w, w.T.contiguous()
+  threshold = torch.maximum(high.max(), -low.min()) / 2
+  return {"loss": torch_threshold_loss(w, x, target, low, high, threshold)[None]}
+
+
+def torch_threshold_loss(w, x, target, low, high, threshold):
+  """One candidate; w is [outputs, 4096]."""
 
   def rounded(rows):
     low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
     return torch_round(rows, low, high, LEVELS)
 
-  for i in range(101):
-    threshold = largest - i * step
-    scale = torch.maximum(high / threshold, low / -threshold).clamp(min=1)
-    output = (rounded(x / scale) * scale) @ (rounded(w * scale) / scale).T
-    loss = (output - target).pow_(2).sum(-1).mean().item()
-    if loss < best[0]:
-      best = loss, threshold.item()
-  return {"threshold": torch.tensor([best[1]]), "loss": torch.tensor([best[0]])}
+  scale = torch.maximum(high / threshold, low / -threshold).clamp(min=1)
+  output = (rounded(x / scale) * scale) @ (rounded(w * scale) / scale).T
+  return output.sub_(target).pow_(2).sum(-1).mean()
 
 
 # ---------------------------------------------------------------- LLM-FP4: formats and biases
@@ -220,12 +247,12 @@ def torch_float(x: torch.Tensor, format: tuple[int, int], bias: torch.Tensor) ->
   return torch.round(x / step).mul_(step)
 
 
-def torch_formats(w, x):
+def torch_formats(w, x, grid=GRID):
   target = x @ w
   top = lambda f: 2 ** f[0] - 1 + math.log2(2 - 2.0 ** -f[1])
   of_weights = [top(f) - w.abs().amax(0).log2() for f in FLOATS]
   of_channels = [top(f) - x.abs().amax(0).log2() for f in FLOATS]
-  gammas = [0.01 + i * 1.19 / GRID for i in range(GRID)]
+  gammas = [0.01 + i * 1.19 / grid for i in range(grid)]
 
   def inputs(index, rho):
     low = torch.round(rho)
@@ -265,8 +292,8 @@ def torch_formats(w, x):
 # ---------------------------------------------------------------- VPTQ: k-means and the channels
 
 
-def torch_kmeans(vectors, importance, centroids):
-  for _ in range(ITERATIONS):
+def torch_kmeans(vectors, importance, centroids, iterations=ITERATIONS):
+  for _ in range(iterations):
     sums, totals, inertia = torch.zeros_like(centroids), torch.zeros(len(centroids)), 0.0
     squares = centroids.pow(2).sum(1)
     # So few that the distances stay in the cache: twice as fast as 4096 at a time.

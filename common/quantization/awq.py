@@ -191,12 +191,25 @@ def search_block(
   inputs = block_inputs(block, x, context)
   graphdef, state = nnx.split(block)
   groups = scaling_groups(config)
+  # What a search does not read is left at its default: ablations then share its program.
+  of_scales = AWQSettings(
+    settings.format,
+    scale_grid=settings.scale_grid,
+    fixed_ratio=settings.fixed_ratio,
+    scale_stat=settings.scale_stat,
+  )
+  of_clips = AWQSettings(
+    settings.format,
+    clip_grid=settings.clip_grid,
+    max_shrink=settings.max_shrink,
+    clip_tokens=settings.clip_tokens,
+  )
   scales = {}
   if settings.auto_scale or settings.fixed_ratio is not None:
     for group in groups:
       features = inputs[group.linears[0]]
       scales[group.previous] = search_group_scale(
-        graphdef, state, features, context, group, settings
+        graphdef, state, features, context, group, of_scales
       )[0]
   clips = {}
   if settings.mse_range:
@@ -209,7 +222,7 @@ def search_block(
     for path, kernel in get_kernels(scaled).items():
       # Clipping q or k changes attention logits, whose error a per-linear loss cannot see.
       if not path.endswith(("q_proj", "k_proj")):
-        clips[path] = _search_clip(kernel, inputs[path], settings)
+        clips[path] = _search_clip(kernel, inputs[path], of_clips)
   return BlockSearch(scales, clips)
 
 

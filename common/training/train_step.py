@@ -53,7 +53,7 @@ def init_train_state(
     opt_state=optimizer.init(params),
     key=jnp.copy(key),
   )
-  sharding = jax.tree.leaves(params)[0].sharding
+  sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)  # None under `jax.jit`.
   if not isinstance(sharding, jax.sharding.NamedSharding):
     return state
   # Scalars go where the parameters are: on every device of every process.

@@ -4,6 +4,7 @@
 them by a fixed s before rounding instead (Table 2).
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -57,10 +58,15 @@ def keep_salient(
   """Rounds every linear except its salient channels. Weights stay unpacked."""
 
   def mixed_precision(kernel, inputs, key):
-    salient = salient_channels(channel_scores(kernel, inputs, criterion, key), fraction)
-    return jnp.where(salient[:, None], kernel, _fake_quantize(kernel, format))
+    return _mixed_precision(kernel, inputs, key, format, fraction, criterion)
 
   return _map_kernels(block, x, context, mixed_precision, key)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5))
+def _mixed_precision(kernel, inputs, key, format: IntegerFormat, fraction: float, criterion):
+  salient = salient_channels(channel_scores(kernel, inputs, criterion, key), fraction)
+  return jnp.where(salient[:, None], kernel, rtn.fake_quantize(kernel, format))
 
 
 def scale_salient(
@@ -75,10 +81,15 @@ def scale_salient(
   """Q(W diag(s)) diag(1/s) with s = `scale` on the channels with the largest mean |x|, else 1."""
 
   def scaled(kernel, inputs, _):
-    salient = salient_channels(activation_statistic(inputs), fraction)
-    return _scaled_fake_quantize(kernel, jnp.where(salient, scale, 1.0), format)
+    return _scaled(kernel, inputs, scale, format, fraction)
 
   return _map_kernels(block, x, context, scaled, jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _scaled(kernel, inputs, scale, format: IntegerFormat, fraction: float):
+  salient = salient_channels(activation_statistic(inputs), fraction)
+  return scaled_fake_quantize(kernel, jnp.where(salient, scale, 1.0), format)
 
 
 def _map_kernels(block: Block, x: Array, context: AttentionContext, change, key: Array) -> Block:
@@ -88,7 +99,3 @@ def _map_kernels(block: Block, x: Array, context: AttentionContext, change, key:
   block = nnx.clone(block)
   set_kernels(block, {p: change(w, inputs[p], k) for (p, w), k in zip(kernels.items(), keys)})
   return block
-
-
-_fake_quantize = jax.jit(rtn.fake_quantize, static_argnums=1)
-_scaled_fake_quantize = jax.jit(scaled_fake_quantize, static_argnums=2)

@@ -92,15 +92,16 @@ def learning_step(
   samples = -(-config.calibration_samples // batch_size) * batch_size
   length = config.calibration_length
   num_steps = config.epochs * samples // batch_size
-  reconstruction = ReconstructionSettings(num_steps, batch_size, keep_best=False)
+  reconstruction = ReconstructionSettings(
+    num_steps, batch_size, keep_best=False, sample_memory=config.sample_memory
+  )
   optimizer = make_optimizer(config.learning_rate, num_steps)
   positions = jnp.zeros((1, length), jnp.int32)
   context = jax.eval_shape(lambda p: make_context(model, p, jnp.ones_like(p))[0], positions)
   key = jax.eval_shape(lambda: jax.random.key(0))
   everywhere = lambda tree: jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), tree)
-  features = jax.ShapeDtypeStruct(
-    (samples, length, model.hidden_size), jnp.float32, sharding=batch_sharding(mesh)
-  )
+  where = batch_sharding(mesh).with_memory_kind(config.sample_memory)
+  features = jax.ShapeDtypeStruct((samples, length, model.hidden_size), jnp.float32, sharding=where)
 
   def step(state, inputs, targets, context, key):
     learned, log = reconstruct(

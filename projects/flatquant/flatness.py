@@ -1,8 +1,11 @@
 """How flat activations and weights are, and where quantization errors are (sections 2 and 4.4)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from common.models.decoder import Decoder
 from common.quantization.calibration import block_inputs, run_block
@@ -22,6 +25,7 @@ def channel_magnitudes(x: Array) -> Array:
   return jnp.sort(norms, descending=True)
 
 
+@jax.jit
 def flatness_gap(magnitudes: Array) -> Array:
   """|| s - flat || / || s ||, [] in [0, 1): flat is the line of equal norm. 0 is entirely flat.
 
@@ -39,8 +43,13 @@ def block_magnitudes(flat: FlatBlock, x: Array, context) -> dict[str, tuple[Arra
     flat: with the transforms; those that are not used are the identity.
     x, context: the original block's inputs.
   """
-  inputs, kernels = block_inputs(flat.block, x, context), get_kernels(flat.block)
-  found = {}
+  return _block_magnitudes(*nnx.split(flat), block_inputs(flat.block, x, context))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _block_magnitudes(graphdef, state, inputs: dict[str, Array]):
+  flat = nnx.merge(graphdef, state)
+  kernels, found = get_kernels(flat.block), {}
   for site, paths in LINEARS.items():
     factors = flat.transforms[site].factors()
     weights = jnp.concatenate([factors.apply_inverse(kernels[path]) for path in paths], axis=1)
@@ -68,6 +77,12 @@ def error_landscape(
   for block, quantized_block in zip(model.blocks, quantized.blocks):
     target = run_block(block, x, context)
     output = run_block(quantized_block, x_quantized if propagate else x, context)
-    rows.append(jnp.mean((output - target) ** 2, axis=(0, 2)) / jnp.mean(target**2))
+    rows.append(_relative_errors(output, target))
     x, x_quantized = target, output
-  return np.asarray(jnp.stack(rows))
+  return np.stack(rows)
+
+
+@jax.jit
+def _relative_errors(output: Array, target: Array) -> Array:
+  """[samples, seq, dim] each -> float32 [seq]."""
+  return jnp.mean((output - target) ** 2, axis=(0, 2)) / jnp.mean(target**2)

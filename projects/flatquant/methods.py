@@ -73,7 +73,9 @@ def learn_model(
   """The learned blocks of a model in memory."""
   samples = tokens.shape[0]
   num_steps = config.epochs * max(1, samples // config.batch_size)
-  reconstruction = ReconstructionSettings(num_steps, config.batch_size, keep_best=False)
+  reconstruction = ReconstructionSettings(
+    num_steps, config.batch_size, keep_best=False, sample_memory=config.sample_memory
+  )
   optimizer = make_optimizer(
     config.learning_rate,
     num_steps,

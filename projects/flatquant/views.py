@@ -7,6 +7,7 @@ import numpy as np
 from common.compilation.topology import CHIPS
 from common.models.decoder import DecoderConfig
 from common.models.llama_sizes import LLAMA_SIZES
+from common.quantization.calibration import run_block
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.flatquant.flatness import block_magnitudes, error_landscape, flatness_gap
@@ -53,7 +54,7 @@ def compare_flatness(where: str, settings, draw, learned, workdir, report: Repor
         # Of equal norm, so that the curves can be compared.
         curve = np.asarray(magnitudes["P_a"][0])
         series[method] = (np.arange(len(curve)), curve / np.sqrt(np.mean(curve**2)))
-      x = block(x, context)[0]
+      x = run_block(block, x, context)
     gaps[method] = np.mean(found, axis=0)
   file = f"flatness_{where}.png"
   plots.line_plot(

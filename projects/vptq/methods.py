@@ -1,5 +1,6 @@
 """What is compared, and on what: the methods, the calibration draws and the evaluation text."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from common.models.decoder import Decoder
 from common.quantization.calibration import gptq_block, quantize_model, rtn_block
 from common.quantization.linear import bits_per_weight, get_kernels, quantized_weights, set_kernels
 from common.quantization.quantized_array import IntegerFormat
-from common.quantization.vector_quantized import mean_bits
+from common.quantization.vector_quantized import mean_bits, vector_quantized_weights
 from projects.vptq.blocks import (
   dense,
   finetune_blocks,
@@ -37,7 +38,8 @@ class Quantized(NamedTuple):
     model: with dense kernels, which one compiled program evaluates.
     packed: the same with packed indices, or None.
     index_bits: bits of the codes alone, per weight.
-    bits: of everything that is stored, per weight.
+    bits: of everything that is stored, per weight; of packed models that of their arrays, padding
+      included.
     proxy_errors: {path of the linear: tr(dW^T H dW) / tr(W^T H W)}; None where the weights were
       made for other inputs.
   """
@@ -102,13 +104,22 @@ def quantize_vptq(
 ) -> Quantized:
   packed, errors = quantize_with_hessians(model, hessians, method, key)
   proxies = {path: float(e.residual) for path, e in errors.items()}
-  return Quantized(name, dense(packed, model), packed, *mean_bits(packed), proxies)
+  return Quantized(name, dense(packed, model), packed, *bits_of(packed), proxies)
+
+
+def bits_of(packed: Decoder) -> tuple[float, float]:
+  """(bits of the indices, bits of the arrays that hold the weights) per quantized weight."""
+  weights = vector_quantized_weights(packed).values()
+  size = sum(math.prod(w.shape) for w in weights)
+  # Trained codebooks are float16 again: `finetune` gives them back as they are stored.
+  stored = sum(leaf.nbytes for leaf in jax.tree.leaves(list(weights)))
+  return mean_bits(packed)[0], 8 * stored / size
 
 
 def quantize_gptvq(
   model: Decoder, hessians: Hessians, method: VPTQSettings, key: Array
 ) -> Quantized:
-  """Bits are VPTQ's with the same settings: as many indices, one codebook."""
+  """Bits are VPTQ's with the same settings, without padding: as many indices, one codebook."""
   result, proxies = nnx.clone(model), {}
   bits = []
   for i, block in enumerate(model.blocks):
@@ -187,7 +198,7 @@ def main_methods(
 
   def tuned(name: str, packed: Decoder) -> Quantized:
     made[name] = packed
-    return Quantized(name, dense(packed, model), packed, *mean_bits(packed), None)
+    return Quantized(name, dense(packed, model), packed, *bits_of(packed), None)
 
   layer_name, model_name = "VPTQ, layer-wise tuned", "VPTQ, tuned end to end"
   yield (

@@ -1,4 +1,4 @@
-"""AWQ's saved search: what is read back, and what is refused."""
+"""AWQ's settings and saved search: what is read back, and what is refused."""
 
 import dataclasses
 
@@ -11,8 +11,17 @@ from common.errors import UserError
 from common.quantization import awq
 from common.quantization.quantized_array import IntegerFormat
 from projects.awq import search_result
+from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
 SETTINGS = awq.AWQSettings(IntegerFormat(3, 16, scale_dtype=jnp.float16))
+
+
+def test_unsuitable_settings_are_refused():
+  for axis in (1, None):
+    with pytest.raises(UserError, match="grouped along the input"):
+      awq.AWQSettings(IntegerFormat(4, -1, axis))
+  with pytest.raises(UserError, match="scale_stat='median' is not supported; supported: mean, max"):
+    awq.AWQSettings(IntegerFormat(4), scale_stat="median")
 
 
 @pytest.fixture
@@ -111,3 +120,23 @@ def test_another_safetensors_file_is_a_user_error(name, metadata, tmp_path):
   tensors = {"blocks.0.scale.mlp_norm": np.ones(4, np.float32)}
   safetensors.numpy.save_file(tensors, tmp_path / "s", metadata=good)
   assert search_result.load(tmp_path / "s")[0][0].scales.keys() == {"mlp_norm"}
+
+
+@pytest.mark.parametrize(
+  "scales, clips, message",
+  [
+    ({"mlp.activation": (64,)}, {}, r"scale of mlp.activation, \(64,\), is not of this model"),
+    ({"mlp_norm": (64,)}, {}, r"scale of mlp_norm, \(64,\), is not of this model"),
+    ({}, {"mlp.fc1": (2, 64)}, r"clip of mlp.fc1, \(2, 64\), is not of this model"),
+    ({}, {"mlp.up_proj": (2, 48)}, r"clip of mlp.up_proj, \(2, 48\), is not of this model"),
+    ({}, {"mlp.up_proj": (3, 64)}, r"clip of mlp.up_proj, \(3, 64\), is not of this model"),
+    ({}, {"mlp.up_proj": (0, 64)}, r"clip of mlp.up_proj, \(0, 64\), is not of this model"),
+  ],
+)
+def test_a_search_of_another_model_is_refused(scales, clips, message):
+  model = random_decoder(ARCHITECTURES["llama"])  # 32 channels, 64 in the MLP.
+  ones = lambda shapes: {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+  good = {"mlp_norm": (32,)}, {"mlp.up_proj": (2, 64)}
+  search = awq.BlockSearch(ones(good[0] | scales), ones(good[1] | clips))
+  with pytest.raises(UserError, match=message):
+    awq.apply_search(model.blocks[0], search, model.config)

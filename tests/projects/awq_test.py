@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from common.errors import UserError
 from common.models.base import base_model
 from common.models.decoder import make_context
 from common.models.outliers import inject_outliers
@@ -28,8 +27,14 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "awq"
 TINY = config.get_config("tiny")
 FORMAT = methods.integer_format(TINY, TINY.bits)
 SETTINGS = methods.awq_settings(TINY, FORMAT)
+SAMPLES, SEQ = TINY.calibration_samples, TINY.calibration_length
 search_clip = jax.jit(awq.search_clip, static_argnums=2)
 fake_quantize = jax.jit(rtn.fake_quantize, static_argnums=1)
+channel_scale = jax.jit(awq.channel_scale)
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -68,91 +73,98 @@ def searches(model, tokens):
 def test_clip_search_of_the_reference_code(bits, group_size):
   with np.load(GOLDEN / "auto_clip_layer.npz") as golden:
     settings = awq.AWQSettings(IntegerFormat(bits, group_size))
-    limits = search_clip(jnp.asarray(golden["w"]).T, jnp.asarray(golden["x"]), settings)
+    limits = np.asarray(search_clip(golden["w"].T, golden["x"], settings))
     np.testing.assert_array_equal(limits.T, golden[f"best_max_b{bits}_g{group_size}"][..., 0])
 
 
 def test_scale_search_against_trying_every_exponent():
   rng = np.random.default_rng(0)
   w, x = rng.normal(size=(8, 4)), rng.normal(size=(50, 8)) * np.exp(rng.normal(size=8))
-  w, x = jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
+  w, x = w.astype(np.float32), x.astype(np.float32)
   settings = awq.AWQSettings(IntegerFormat(3))
-  s_x = awq.activation_statistic(x)
-  error = awq.linear_error(w, x)
-  scale, losses = awq.search_scale(lambda new: error(new["w"]), {"w": w}, s_x, settings)
+
+  @jax.jit
+  def search(w, x):
+    s_x, error = awq.activation_statistic(x), awq.linear_error(w, x)
+    return s_x, *awq.search_scale(lambda new: error(new["w"]), {"w": w}, s_x, settings)
+
+  s_x, scale, losses = search(w, x)
   by_hand = []
   for r in np.arange(20) / 20:
     s = np.maximum(np.asarray(s_x, np.float64) ** r, 1e-4)
-    s = jnp.asarray(s / np.sqrt(s.max() * s.min()), jnp.float32)
-    rounded = rtn.fake_quantize(w * s[:, None], settings.format) / s[:, None]
-    by_hand.append(float(np.mean(np.asarray(x @ (rounded - w), np.float64) ** 2)))
+    s = (s / np.sqrt(s.max() * s.min())).astype(np.float32)
+    rounded = np.asarray(fake_quantize(w * s[:, None], settings.format)) / s[:, None]
+    by_hand.append(np.mean((x.astype(np.float64) @ (rounded - w)) ** 2))
   # The Gram form and float32 scales: relative rounding of about 1e-6, and no code on a tie here.
   np.testing.assert_allclose(losses, by_hand, rtol=1e-4)
   best = np.argmin(by_hand)
-  np.testing.assert_allclose(scale, awq.channel_scale(s_x, best / 20), rtol=1e-6)
+  np.testing.assert_allclose(scale, channel_scale(s_x, best / 20), rtol=1e-6)
   assert float(losses.min()) < float(losses[0])
 
 
-def scale_search_with_losses(losses):
-  """The scale and the losses found when the exponents' losses are the given ones."""
-  settings = awq.AWQSettings(IntegerFormat(3), scale_grid=len(losses))
-  s_x, table = jnp.arange(1.0, 9.0), jnp.asarray(losses, jnp.float32)
-  w = jax.random.normal(jax.random.key(0), (8, 4))
+@jax.jit
+def scale_search_with_losses(table):
+  """Index of the exponent found, and the losses found, when the exponents' losses are the given."""
+  settings = awq.AWQSettings(IntegerFormat(3), scale_grid=len(table))
+  s_x, w = jnp.arange(1.0, 9.0), normal(0, 8, 4)
   # Rounded weights give their exponent away.
-  scales = jnp.stack([awq.channel_scale(s_x, i / len(losses)) for i in range(len(losses))])
+  scales = jnp.stack([awq.channel_scale(s_x, i / len(table)) for i in range(len(table))])
   rounded = jnp.stack([awq.scaled_fake_quantize(w, s, settings.format) for s in scales])
 
   def forward(kernels):
     return table[jnp.abs(rounded - kernels["w"]).sum(axis=(1, 2)).argmin()]
 
   scale, found = awq.search_scale(forward, {"w": w}, s_x, settings)
-  np.testing.assert_array_equal(found, table)
-  return int(jnp.argmin(jnp.abs(scales - scale).sum(axis=1)))
+  return jnp.argmin(jnp.abs(scales - scale).sum(axis=1)), found
 
 
-def test_the_first_of_equal_losses_wins_and_nan_never():
-  assert scale_search_with_losses([3.0, 1.0, 2.0, 1.0]) == 1
-  assert scale_search_with_losses([2.0, 2.0, 2.0, 2.0]) == 0
-  assert scale_search_with_losses([3.0, np.nan, 2.0, np.inf]) == 2
-  assert scale_search_with_losses([np.nan] * 4) == 0
+@pytest.mark.parametrize(
+  "losses, best",
+  [
+    ([3.0, 1.0, 2.0, 1.0], 1),
+    ([2.0, 2.0, 2.0, 2.0], 0),
+    ([3.0, np.nan, 2.0, np.inf], 2),
+    ([np.nan] * 4, 0),
+  ],
+)
+def test_the_first_of_equal_losses_wins_and_nan_never(losses, best):
+  index, found = scale_search_with_losses(np.float32(losses))
+  np.testing.assert_array_equal(found, np.float32(losses))
+  assert int(index) == best
 
 
 @pytest.mark.parametrize("tokens", [5, 50])
 def test_linear_error_in_both_forms(tokens):
-  keys = jax.random.split(jax.random.key(0), 3)
-  w, new = (jax.random.normal(k, (8, 4)) for k in keys[:2])
-  x = jax.random.normal(keys[2], (tokens, 8))
-  np.testing.assert_allclose(
-    awq.linear_error(w, x)(new), jnp.mean((x @ new - x @ w) ** 2), rtol=1e-5
-  )
+  w, new, x = normal(0, 8, 4), normal(1, 8, 4), normal(2, tokens, 8)
+  found = jax.jit(lambda w, x, new: awq.linear_error(w, x)(new))(w, x, new)
+  np.testing.assert_allclose(found, np.mean((x @ new - x @ w) ** 2), rtol=1e-5)
 
 
 def test_exponent_zero_is_plain_rounding_and_scales_are_normalised():
-  s_x = jnp.array([0.1, 1.0, 7.0, 0.4])
-  np.testing.assert_array_equal(awq.channel_scale(s_x, 0.0), np.ones(4))
+  s_x = np.float32([0.1, 1.0, 7.0, 0.4])
+  np.testing.assert_array_equal(channel_scale(s_x, 0.0), np.ones(4))
   for ratio in (0.3, 0.95):
-    scale = awq.channel_scale(s_x, ratio)
-    assert float(jnp.sqrt(scale.max() * scale.min())) == pytest.approx(1.0, rel=1e-6)
-    np.testing.assert_allclose(awq.channel_scale(100 * s_x, ratio), scale, rtol=1e-5)
+    scale = np.asarray(channel_scale(s_x, ratio))
+    assert np.sqrt(scale.max() * scale.min()) == pytest.approx(1.0, rel=1e-6)
+    np.testing.assert_allclose(channel_scale(100 * s_x, ratio), scale, rtol=1e-5)
 
 
 def test_a_dead_channel_leaves_scales_finite():
-  scale = awq.channel_scale(jnp.array([0.0, 1.0, 50.0]), 0.95)
+  scale = channel_scale(np.float32([0.0, 1.0, 50.0, 2.0]), 0.95)
   assert np.isfinite(scale).all() and (np.asarray(scale) > 0).all()
 
 
 def test_clipping_never_adds_error_and_shrinks_at_most_to_eleven_twentieths():
-  keys = jax.random.split(jax.random.key(1), 2)
-  w, x = jax.random.normal(keys[0], (64, 6)), jax.random.normal(keys[1], (100, 64))
-  limits = search_clip(w, x, SETTINGS)
-  largest = jnp.abs(w.reshape(2, 32, 6)).max(axis=1)
+  w, x = normal(1, 64, 6), normal(2, 100, 64)
+  limits = np.asarray(search_clip(w, x, SETTINGS))
+  largest = np.abs(w.reshape(2, 32, 6)).max(axis=1)
   assert ((limits >= 0.55 * largest * (1 - 1e-6)) & (limits <= largest)).all()
 
   def group_errors(w_new):
-    error = (fake_quantize(w_new, FORMAT) - w).reshape(2, 32, 6)
-    return jnp.mean(jnp.einsum("tgi,gio->tgo", x.reshape(100, 2, 32), error) ** 2, axis=0)
+    error = (np.asarray(fake_quantize(w_new, FORMAT)) - w).reshape(2, 32, 6)
+    return np.mean(np.einsum("tgi,gio->tgo", x.reshape(100, 2, 32), error) ** 2, axis=0)
 
-  clipped, plain = group_errors(awq.clamp(w, limits)), group_errors(w)
+  clipped, plain = group_errors(jax.jit(awq.clamp)(w, limits)), group_errors(w)
   assert (clipped <= plain * (1 + 1e-5)).all() and (clipped < 0.99 * plain).any()
 
 
@@ -164,7 +176,7 @@ def clip_oracle(w, x, format, clip_grid=20, max_shrink=0.5):
   losses = []
   for i in range(int(max_shrink * clip_grid)):
     limit = np.repeat(largest * (1 - i / clip_grid), w.shape[0] // groups, axis=0)
-    clipped = jnp.asarray(np.clip(w64, -limit, limit), jnp.float32)
+    clipped = np.clip(w64, -limit, limit).astype(np.float32)
     error = np.asarray(fake_quantize(clipped, format), np.float64) - w64
     partial = np.einsum(
       "tgi,gio->tgo", x64.reshape(len(x64), groups, -1), error.reshape(groups, -1, w.shape[1])
@@ -186,8 +198,7 @@ def assert_clips_equal(limits, expected):
 @pytest.mark.parametrize("group_size", [16, -1])
 def test_clip_search_against_the_published_sums(tokens, group_size):
   """Also per output channel, where the reference code fails, and with fewer tokens than it takes."""
-  keys = jax.random.split(jax.random.key(2), 2)
-  w, x = jax.random.normal(keys[0], (32, 16)), jax.random.normal(keys[1], (tokens, 32))
+  w, x = normal(3, 32, 16), normal(4, tokens, 32)
   format = IntegerFormat(3, group_size)
   used = x[:: max(1, tokens // 512)]
   assert len(used) == {100: 100, 511: 511, 1300: 650}[tokens]
@@ -197,16 +208,16 @@ def test_clip_search_against_the_published_sums(tokens, group_size):
 
 
 def test_clip_grid_and_largest_shrink():
-  keys = jax.random.split(jax.random.key(2), 2)
-  w, x = jax.random.normal(keys[0], (32, 16)), jax.random.normal(keys[1], (100, 32))
+  w, x = normal(3, 32, 16), normal(4, 100, 32)
   # Each group's largest weights meet inputs of almost 0: a small range costs nothing.
-  w, x = w.at[::16].multiply(8.0), x.at[:, ::16].multiply(1e-3)
+  w[::16] *= 8.0
+  x[:, ::16] *= 1e-3
   settings = awq.AWQSettings(IntegerFormat(2, 16), clip_grid=10, max_shrink=0.8)
   expected, _ = clip_oracle(w, x, settings.format, 10, 0.8)
-  limits = search_clip(w, x, settings)
+  limits = np.asarray(search_clip(w, x, settings))
   assert_clips_equal(limits, expected)
-  largest = jnp.abs(w.reshape(2, 16, 16)).max(axis=1)
-  assert float((limits / largest).min()) < 0.5
+  largest = np.abs(w.reshape(2, 16, 16)).max(axis=1)
+  assert (limits / largest).min() < 0.5
 
 
 def test_the_search_scales_every_input_and_spares_q_and_k(searches):
@@ -225,22 +236,39 @@ def test_the_search_scales_every_input_and_spares_q_and_k(searches):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_scales_alone_leave_the_logits(architecture, model, tokens):
-  if architecture != "llama":  # The tiny preset's model is one.
-    model = random_decoder(ARCHITECTURES[architecture])
+  searched = architecture == "llama"  # The tiny preset's model is one.
+  # Elsewhere a fixed exponent, whose scales differ as much: the searches' programs take long to
+  # compile. That they can be made is tested below.
+  settings = dataclasses.replace(SETTINGS, mse_range=False, fixed_ratio=None if searched else 0.5)
+  if not searched:
+    model = random_decoder(dataclasses.replace(ARCHITECTURES[architecture], num_layers=1))
     tokens = jnp.asarray(random_tokens(model.config, 8, 16))
-  settings = dataclasses.replace(SETTINGS, mse_range=False)
+  found = awq.search_model(model, tokens, settings)
+  assert all(np.ptp(scale) > 0.1 for search in found for scale in search.scales.values())
   scaled = nnx.clone(model)
   scaled.blocks = nnx.List(
-    [
-      awq.apply_search(b, s, model.config)
-      for b, s in zip(model.blocks, awq.search_model(model, tokens, settings))
-    ]
+    [awq.apply_search(b, s, model.config) for b, s in zip(model.blocks, found)]
   )
   expected = logits(model, tokens)
   # Scales of 0.1 to 10 reorder float32 sums; the bar is 1e-4 of the logits.
-  np.testing.assert_allclose(
-    logits(scaled, tokens), expected, atol=1e-4 * float(abs(expected).max())
-  )
+  bound = 1e-4 * np.abs(expected).max()
+  np.testing.assert_allclose(logits(scaled, tokens), expected, atol=bound)
+
+
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "llama"])
+def test_every_architecture_has_its_searches(architecture):
+  """Their programs are traced, not compiled."""
+  model = random_decoder(dataclasses.replace(ARCHITECTURES[architecture], num_layers=1))
+  graphdef, state = nnx.split(model.blocks[0])
+  x, context = jax.eval_shape(model.stem, random_tokens(model.config, 8, 16))
+  for group in awq.scaling_groups(model.config):
+    width = awq.get_module(model.blocks[0], group.linears[0]).in_features
+    features = jax.ShapeDtypeStruct((*x.shape[:2], width), x.dtype)
+    search = lambda state, features, context, group=group: awq.search_group_scale(
+      graphdef, state, features, context, group, SETTINGS
+    )
+    scale, losses = jax.eval_shape(search, state, features, context)
+    assert scale.shape == (width,) and losses.shape == (20,)
 
 
 def test_losses_are_those_of_the_inspected_modules(model, x, context):
@@ -260,17 +288,18 @@ def test_losses_are_those_of_the_inspected_modules(model, x, context):
     features = inputs[group.linears[0]]
     scale, losses = awq.search_group_scale(graphdef, state, features, context, group, SETTINGS)
     assert losses.shape == (20,) and float(losses.min()) <= float(losses[0])
-    s_x = jnp.abs(features).mean(axis=(0, 1))
+    s_x = np.abs(features).mean(axis=(0, 1))
     for i in (0, int(losses.argmin()), 19):
       changed = nnx.clone(block)
-      s = awq.channel_scale(s_x, i / 20)
+      s = np.asarray(channel_scale(s_x, i / 20))[:, None]
       for path in group.linears:
         linear = awq.get_module(changed, path)
-        linear.kernel[...] = fake_quantize(linear.kernel[...] * s[:, None], FORMAT) / s[:, None]
-      expected = jnp.mean((output(changed, group) - output(block, group)) ** 2)
+        rounded = fake_quantize(np.asarray(linear.kernel[...]) * s, FORMAT)
+        linear.kernel[...] = jnp.asarray(np.asarray(rounded) / s)
+      expected = np.mean((np.asarray(output(changed, group)) - output(block, group)) ** 2)
       # Float32 sums in another order; and a weight on a tie may take the other of two codes.
       np.testing.assert_allclose(losses[i], expected, rtol=2e-3, err_msg=f"{group.previous} {i}")
-    best = awq.channel_scale(s_x, int(losses.argmin()) / 20)
+    best = channel_scale(s_x, int(losses.argmin()) / 20)
     np.testing.assert_allclose(scale, best, rtol=1e-5)
 
 
@@ -286,7 +315,7 @@ def test_clips_are_searched_on_the_scaled_problem(model, x, context):
       if path not in search.clips:
         continue
       kernel = awq.get_module(scaled, path).kernel[...]
-      features = inputs[path] / search.scales[group.previous]
+      features = np.asarray(inputs[path]) / np.asarray(search.scales[group.previous])
       expected = clip_oracle(kernel, features, FORMAT)[0]
       assert_clips_equal(search.clips[path], expected)
       unscaled = clip_oracle(kernel, inputs[path], FORMAT)[0]
@@ -327,25 +356,18 @@ def test_fixed_exponent_and_statistic(stat, model, x, context):
   search = awq.search_block(model.blocks[0], x, context, model.config, settings)
   inputs = awq.block_inputs(model.blocks[0], x, context)
   for group in awq.scaling_groups(model.config):
-    magnitude = np.abs(np.asarray(inputs[group.linears[0]], np.float64)).reshape(8 * 64, -1)
+    magnitude = np.abs(np.asarray(inputs[group.linears[0]], np.float64)).reshape(SAMPLES * SEQ, -1)
     s = np.sqrt(magnitude.mean(axis=0) if stat == "mean" else magnitude.max(axis=0))
     s = s / np.sqrt(s.max() * s.min())
     np.testing.assert_allclose(search.scales[group.previous], s, rtol=1e-4)
 
 
-def test_unsuitable_settings_are_refused():
-  for axis in (1, None):
-    with pytest.raises(UserError, match="grouped along the input"):
-      awq.AWQSettings(IntegerFormat(4, -1, axis))
-  with pytest.raises(UserError, match="scale_stat='median' is not supported; supported: mean, max"):
-    awq.AWQSettings(FORMAT, scale_stat="median")
-
-
 def test_dead_and_huge_channels(model, x, context):
   """An input channel that is always 0 beside one that is large: everything stays finite."""
   block = nnx.clone(model.blocks[0])
-  gain = block.attention_norm.scale
-  gain[...] = gain[...].at[3].set(0.0).at[5].set(1e4)
+  gain = np.array(block.attention_norm.scale[...])
+  gain[3], gain[5] = 0.0, 1e4
+  block.attention_norm.scale[...] = jnp.asarray(gain)
   search = awq.search_block(block, x, context, model.config, SETTINGS)
   for value in (*search.scales.values(), *search.clips.values()):
     assert np.isfinite(value).all() and (np.asarray(value) >= 0).all()
@@ -363,10 +385,13 @@ def test_blocks_of_one_shape_compile_once(model, tokens):
     search = awq.search_block(block, x, context, model.config, SETTINGS)
     return awq.quantize_block(block, search, model.config, FORMAT)
 
-  blocks = [random_decoder(model.config, seed).blocks[0] for seed in range(4)]
+  rng = np.random.default_rng(0)
+  noise = lambda leaf: jnp.asarray(leaf * np.exp(0.1 * rng.normal(size=leaf.shape)), leaf.dtype)
+  graphdef, state = nnx.split(model.blocks[0])
+  blocks = [nnx.merge(graphdef, jax.tree.map(noise, jax.device_get(state))) for _ in range(4)]
   jax.monitoring.register_event_duration_secs_listener(listener)
   try:
-    jax.jit(lambda x: x + 2)(jnp.zeros(3))
+    jax.jit(lambda x: x + 2)(np.zeros(3))
     assert compiled  # The listener hears.
     list(quantize_blocks(model, blocks, tokens, block, stream="full_precision"))
   finally:
@@ -378,37 +403,13 @@ def test_better_than_rounding_where_channels_differ(model, tokens):
   """The model's point: the same function with a few large channels, which rounding does not see."""
   outliers = inject_outliers(model, jax.random.key(0), fraction=0.05, gain=30.0)
   expected = logits(model, tokens)
-  np.testing.assert_allclose(
-    logits(outliers, tokens), expected, atol=1e-4 * float(abs(expected).max())
-  )
-  error = lambda new: float(jnp.mean((logits(new, tokens) - expected) ** 2))
+  bound = 1e-4 * np.abs(expected).max()
+  np.testing.assert_allclose(logits(outliers, tokens), expected, atol=bound)
+  error = lambda new: np.mean((np.asarray(logits(new, tokens)) - expected) ** 2)
   searches = awq.search_model(outliers, tokens, SETTINGS)
   rounded = nnx.clone(outliers)
   rounded.blocks = nnx.List([rtn_block(block, FORMAT) for block in outliers.blocks])
   assert error(awq.apply_to_model(outliers, searches, FORMAT)) < 0.7 * error(rounded)
-
-
-def changed_search(searches, **changes):
-  """The first block's search with entries added or replaced, {scale or clip: {name: value}}."""
-  return awq.BlockSearch(
-    searches[0].scales | changes.get("scales", {}), searches[0].clips | changes.get("clips", {})
-  )
-
-
-@pytest.mark.parametrize(
-  "changes, message",
-  [
-    ({"scales": {"mlp.activation": jnp.ones(128)}}, r"scale of mlp.activation, \(128,\), is not"),
-    ({"scales": {"mlp_norm": jnp.ones(128)}}, r"scale of mlp_norm, \(128,\), is not of this model"),
-    ({"clips": {"mlp.fc1": jnp.ones((2, 128))}}, r"clip of mlp.fc1, \(2, 128\), is not of this"),
-    ({"clips": {"mlp.up_proj": jnp.ones((2, 48))}}, r"clip of mlp.up_proj, \(2, 48\), is not of"),
-    ({"clips": {"mlp.up_proj": jnp.ones((3, 128))}}, r"clip of mlp.up_proj, \(3, 128\), is not of"),
-    ({"clips": {"mlp.up_proj": jnp.ones((0, 128))}}, r"clip of mlp.up_proj, \(0, 128\), is not of"),
-  ],
-)
-def test_a_search_of_another_model_is_refused(changes, message, model, searches):
-  with pytest.raises(UserError, match=message):
-    awq.apply_search(model.blocks[0], changed_search(searches, **changes), model.config)
 
 
 def test_every_block_needs_a_search(model, searches):
@@ -424,7 +425,8 @@ def test_a_saved_search_gives_the_same_packed_model(model, searches, tmp_path):
   second = quantized_weights(awq.apply_to_model(model, loaded, settings.format))
   assert len(first) == 14
   for path, weight in first.items():
-    np.testing.assert_array_equal(weight.values.astype(int), second[path].values.astype(int))
+    values = [np.asarray(w.values).astype(int) for w in (weight, second[path])]
+    np.testing.assert_array_equal(*values)
     np.testing.assert_array_equal(weight.scales, second[path].scales)
 
 
@@ -437,13 +439,14 @@ def test_packed_equals_fake_quantized(model, searches):
 
 
 def test_salient_channels():
-  score = jnp.array([3.0, 9.0, 1.0, 7.0])
-  np.testing.assert_array_equal(salient.salient_channels(score, 0.5), [False, True, False, True])
-  assert int(salient.salient_channels(score, 0.001).sum()) == 1
-  w, x = jnp.eye(4) * jnp.arange(1.0, 5.0)[:, None], jnp.ones((3, 4)) * jnp.array([4.0, 3, 2, 1])
-  key = jax.random.key(0)
-  assert int(jnp.argmax(salient.channel_scores(w, x, "activation", key))) == 0
-  assert int(jnp.argmax(salient.channel_scores(w, x, "weight", key))) == 3
+  score = np.float32([3.0, 9.0, 1.0, 7.0])
+  channels = jax.jit(salient.salient_channels, static_argnums=1)
+  np.testing.assert_array_equal(channels(score, 0.5), [False, True, False, True])
+  assert np.sum(channels(score, 0.001)) == 1
+  w, x = np.diag(np.float32([1, 2, 3, 4])), np.tile(np.float32([4, 3, 2, 1]), (3, 1))
+  key, scores = jax.random.key(0), jax.jit(salient.channel_scores, static_argnums=2)
+  assert np.argmax(scores(w, x, "activation", key)) == 0
+  assert np.argmax(scores(w, x, "weight", key)) == 3
 
 
 @pytest.mark.parametrize("criterion", ["activation", "weight", "random"])
@@ -454,8 +457,8 @@ def test_keep_salient_spares_the_chosen_channels(criterion, model, x, context):
   )
   kept, inputs = keep(key), awq.block_inputs(block, x, context)
   for path, kernel in awq.get_kernels(block).items():
-    new = awq.get_module(kept, path).kernel[...]
-    spared = np.asarray((new == kernel).all(axis=1))
+    new, kernel = np.asarray(awq.get_module(kept, path).kernel[...]), np.asarray(kernel)
+    spared = (new == kernel).all(axis=1)
     assert spared.sum() == round(0.1 * kernel.shape[0])
     np.testing.assert_array_equal(new[~spared], np.asarray(fake_quantize(kernel, FORMAT))[~spared])
     score = {
@@ -482,7 +485,7 @@ def test_scale_salient_multiplies_the_largest_channels_only(model, x, context):
     )
     magnitude = np.abs(inputs[path]).mean(axis=(0, 1))
     s = np.where(magnitude >= np.sort(magnitude)[-round(0.1 * len(magnitude))], 2, 1)[:, None]
-    expected = fake_quantize(kernel * s, FORMAT) / s
+    expected = np.asarray(fake_quantize(np.asarray(kernel) * s.astype(np.float32), FORMAT)) / s
     np.testing.assert_array_equal(awq.get_module(scaled, path).kernel[...], expected)
 
 

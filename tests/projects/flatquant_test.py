@@ -66,7 +66,8 @@ GOLDEN = np.load(
   pathlib.Path(__file__).parents[1] / "golden/flatquant/transform_and_quantizers.npz"
 )
 SIGNED, UNSIGNED = ActivationFormat(4, symmetric=True), ActivationFormat(4)
-CLIP_AT_START = jnp.full(2, 1 / (1 + np.exp(-4.0)), jnp.float32)
+CLIP_AT_START = np.full(2, 1 / (1 + np.exp(-4.0)), np.float32)
+jit_cayley = jax.jit(cayley)
 
 
 # The official code.
@@ -76,11 +77,12 @@ CLIP_AT_START = jnp.full(2, 1 / (1 + np.exp(-4.0)), jnp.float32)
 @pytest.mark.parametrize("matrix", ["u", "v"])
 def test_cayley_is_the_official_one(side, matrix):
   for raw, orthogonal in (("raw", "orth_init"), ("raw2", "orth2")):
-    found = cayley(jnp.asarray(GOLDEN[f"{raw}_linear_{matrix}_{side}"]))
+    found = np.asarray(jit_cayley(GOLDEN[f"{raw}_linear_{matrix}_{side}"]))
     np.testing.assert_allclose(found, GOLDEN[f"{orthogonal}_linear_{matrix}_{side}"], atol=1e-6)
     np.testing.assert_allclose(found.T @ found, np.eye(len(found)), atol=1e-5)
     assert np.linalg.det(found) == pytest.approx(1, abs=1e-5)
-  np.testing.assert_array_equal(cayley(jnp.zeros((5, 5))), np.eye(5))
+  nothing = np.zeros((len(found), len(found)), np.float32)
+  np.testing.assert_array_equal(jit_cayley(nothing), np.eye(len(found)))
 
 
 def test_inverses_are_decomposed_one_at_a_time():
@@ -102,26 +104,30 @@ def golden_factors() -> Factors:
 
 def test_transforms_of_activations_and_weights():
   factors = golden_factors()
-  x, kernel = jnp.asarray(GOLDEN["x"]), jnp.asarray(GOLDEN["w"].T)
-  transformed, weights = factors.apply(x), factors.apply_inverse(kernel)
+  both = jax.jit(lambda factors, x, kernel: (factors.apply(x), factors.apply_inverse(kernel)))
+  transformed, weights = map(np.asarray, both(factors, GOLDEN["x"], GOLDEN["w"].T))
   np.testing.assert_allclose(transformed, GOLDEN["x_trans"], atol=2e-6)
   np.testing.assert_allclose(weights.T, GOLDEN["w_trans"], atol=2e-6)
   np.testing.assert_allclose(transformed @ weights, GOLDEN["y"], atol=1e-5)
 
 
 def test_quantizers():
-  x, kernel = jnp.asarray(GOLDEN["x"]), jnp.asarray(GOLDEN["w"].T)
-  clipped = clipped_fake_quantize(x, SIGNED, CLIP_AT_START)
-  np.testing.assert_allclose(clipped, GOLDEN["x_q4_sym_lac4"], atol=1e-6)
-  np.testing.assert_allclose(fake_quantize(x, UNSIGNED), GOLDEN["x_q4_asym"], atol=1e-6)
-  rounded = round_kernel(kernel, IntegerFormat(4, symmetric=True))
-  np.testing.assert_allclose(rounded.T, GOLDEN["w_q4_sym"], atol=1e-6)
+  @jax.jit
+  def quantized(x, kernel):
+    return (
+      clipped_fake_quantize(x, SIGNED, CLIP_AT_START),
+      fake_quantize(x, UNSIGNED),
+      round_kernel(kernel, IntegerFormat(4, symmetric=True)).T,
+    )
+
+  found = quantized(GOLDEN["x"], GOLDEN["w"].T)
+  for values, name in zip(found, ("x_q4_sym_lac4", "x_q4_asym", "w_q4_sym"), strict=True):
+    np.testing.assert_allclose(values, GOLDEN[name], atol=1e-6)
 
 
 def test_initial_scale():
-  kernel = jnp.asarray(GOLDEN["w"].T)
-  scale = 1 / smoothquant_scale(jnp.abs(jnp.asarray(GOLDEN["x"])).max(axis=0), [kernel], 0.3)
-  np.testing.assert_allclose(scale, GOLDEN["init_scale_alpha0.3"], rtol=1e-5)
+  scale = smoothquant_scale(np.abs(GOLDEN["x"]).max(axis=0), [GOLDEN["w"].T], 0.3)
+  np.testing.assert_allclose(1 / np.asarray(scale), GOLDEN["init_scale_alpha0.3"], rtol=1e-5)
 
 
 def test_factor_pairs():
@@ -152,11 +158,12 @@ def test_cost_model():
 
 def test_a_learned_rotation_starts_as_hadamard_and_stays_orthogonal():
   rotation = LearnedRotation(12, jax.random.key(0))
-  start, inverse_transpose = rotation.matrices()
+  matrices = nnx.jit(lambda rotation: rotation.matrices())
+  start, inverse_transpose = map(np.asarray, matrices(rotation))
   np.testing.assert_allclose(start, random_hadamard(jax.random.key(0), 12), atol=1e-6)
   np.testing.assert_array_equal(start, inverse_transpose)
-  rotation.raw[...] = jax.random.normal(jax.random.key(1), (12, 12))
-  moved, _ = rotation.matrices()
+  rotation.raw[...] = random_matrix(1, 12, 12)
+  moved = np.asarray(matrices(rotation)[0])
   np.testing.assert_allclose(moved @ moved.T, np.eye(12), atol=1e-5)
   assert np.abs(moved - start).max() > 0.1
 
@@ -170,8 +177,8 @@ def test_hadamard_matrices_are_orthogonal_and_flat(n):
 
 
 def test_flatness():
-  assert float(flatness_gap(jnp.full(9, 3.0))) == pytest.approx(0, abs=1e-6)
-  one_hot = channel_magnitudes(jnp.eye(4)[:1] * 5)
+  assert float(flatness_gap(np.full(4, 3.0, np.float32))) == pytest.approx(0, abs=1e-6)
+  one_hot = jax.jit(channel_magnitudes)(np.float32([[5, 0, 0, 0]]))
   np.testing.assert_array_equal(one_hot, [5, 0, 0, 0])
   assert float(flatness_gap(one_hot)) == pytest.approx(1)
 
@@ -194,9 +201,23 @@ def inputs_of(architecture: str):
   return model.blocks[0], x, context
 
 
+# The tiny run's model, tokens and settings, whose programs the tests share.
+
+
 @pytest.fixture(scope="module")
-def block_and_inputs():
-  return inputs_of("llama")
+def tiny():
+  return flatquant_config.get_config("tiny")
+
+
+@pytest.fixture(scope="module")
+def draw(tiny):
+  windows = np.zeros((tiny.calibration_samples, tiny.eval_length), np.int32)
+  return experiment.make_draw(tiny, base_model(tiny.model), windows, 0, True)
+
+
+@pytest.fixture(scope="module")
+def block_and_inputs(draw):
+  return draw.model.blocks[0], *draw.model.stem(draw.tokens)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +229,10 @@ def test_transforms_leave_the_function(architecture, matrices):
   flat = initial_block(block, x, context, jax.random.key(0), settings)
   rng = np.random.default_rng(0)
   noise = lambda leaf: leaf * np.exp(0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
-  nnx.update(flat, jax.tree.map(noise, nnx.state(flat, Learned)))
+  learned = jax.device_get(nnx.state(flat, Learned))
+  nnx.update(flat, jax.tree.map(lambda leaf: jnp.asarray(noise(leaf)), learned))
   expected = run_block(block, x, context)
-  bound = 1e-4 * float(jnp.abs(expected).max())
+  bound = 1e-4 * np.abs(expected).max()
   np.testing.assert_allclose(run_block(flat, x, context), expected, atol=bound)
   folded = reparametrize(flat, settings)
   np.testing.assert_allclose(run_block(folded, x, context), expected, atol=bound)
@@ -218,9 +240,9 @@ def test_transforms_leave_the_function(architecture, matrices):
   assert kernel.dtype == jnp.float32 and not np.allclose(kernel, block.attention.v_proj.kernel[...])
 
 
-def test_no_transforms_and_no_clipping_are_rounding_to_nearest(block_and_inputs):
+def test_no_transforms_and_no_clipping_are_rounding_to_nearest(block_and_inputs, tiny):
   block, x, context = block_and_inputs
-  settings = rounding(4, sites=(), scale=False, clip=False)
+  settings = methods.settings_of(tiny, "W4A4KV4", sites=(), scale=False, clip=False)
   packed = pack(initial_block(block, x, context, jax.random.key(0), settings), settings)
   expected = methods.round_activations(methods.rtn_block(block, settings.weights), settings)
   found = quantized_weights(packed)
@@ -243,11 +265,12 @@ def test_integer_products_equal_the_fake_quantized_block(block_and_inputs):
   assert kinds.count(TransformedIntegerLinear) == 7
   assert ClippedInput not in kinds and TransformedNorm not in kinds
   assert integer.mlp.transform is None and isinstance(integer.mlp, TransformedMLP)
-  expected = run_block(packed, x, context) - x
-  error = np.abs(run_block(integer, x, context) - x - expected)
+  x_in = np.asarray(x)
+  expected = run_block(packed, x, context) - x_in
+  error = np.abs(run_block(integer, x, context) - x_in - expected)
   # A code that goes the other way moves an output by a step of 1/127 of a token's largest input;
   # without one only the order of float32 sums differs.
-  size = float(jnp.abs(expected).max())
+  size = np.abs(expected).max()
   assert error.max() < 1e-2 * size and np.median(error) < 1e-5 * size
   # There are no integer products of 5 bits: nothing changes.
   unsupported = nnx.clone(packed)
@@ -262,18 +285,22 @@ def test_integer_products_equal_the_fake_quantized_block(block_and_inputs):
 def test_keys_and_queries_keep_their_products():
   q, k, v = (random_matrix(i, 2, heads, 5, 8) for i, heads in enumerate((4, 2, 2)))
   matrix, over_heads = random_matrix(3, 8, 8), random_matrix(4, 4, 4)
-  attend = TransformedAttention((matrix, jnp.linalg.inv(matrix).T), over_heads, {}, {})
-  expected = jnp.einsum("bhsd,hg->bgsd", attention(q, k, v), over_heads)
-  np.testing.assert_allclose(attend(q, k, v), expected, atol=1e-4)
+  inverse_transpose = jnp.asarray(np.linalg.inv(matrix).T)
+  attend = TransformedAttention((matrix, inverse_transpose), over_heads, {}, {})
+  both = nnx.jit(lambda attend, *qkv: (attend(*qkv), attention(*qkv)))
+  found, plain = both(attend, q, k, v)
+  expected = np.einsum("bhsd,hg->bgsd", plain, over_heads)
+  np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_clipping_factors():
   kernel = random_matrix(0, 16, 3)
   clip = ClipFactors((3,), FlatQuantSettings())
-  clipped = clip_kernel(kernel, clip.factors())
-  np.testing.assert_allclose(clipped.max(axis=0) / kernel.max(axis=0), 0.982, atol=1e-4)
+  clipped_by = nnx.jit(lambda clip, kernel: clip_kernel(kernel, clip.factors()))
+  clipped = np.asarray(clipped_by(clip, kernel))
+  np.testing.assert_allclose(clipped.max(axis=0) / np.max(kernel, axis=0), 0.982, atol=1e-4)
   open_clip = ClipFactors((3,), FlatQuantSettings(initial_clip=jnp.inf))
-  np.testing.assert_array_equal(clip_kernel(kernel, open_clip.factors()), kernel)
+  np.testing.assert_array_equal(clipped_by(open_clip, kernel), kernel)
   unused = ClipFactors((3,), FlatQuantSettings(clip=False))
   np.testing.assert_array_equal(unused.factors(), 1.0)
 
@@ -281,17 +308,20 @@ def test_clipping_factors():
 def test_the_loss_keeps_the_direction_of_the_gradient():
   target, output = random_matrix(0, 4, 3), random_matrix(1, 4, 3)
   plain = lambda y: jnp.mean((y - target) ** 2)
-  loss, gradient = jax.value_and_grad(lambda y: normalized_error(None, y, target, 0.0))(output)
+  normalized = lambda y: normalized_error(None, y, target, 0.0)
+  both = jax.jit(lambda y: [jax.value_and_grad(loss)(y) for loss in (normalized, plain)])
+  (loss, gradient), (plain_loss, plain_gradient) = both(output)
   assert float(loss) == pytest.approx(1)
-  np.testing.assert_allclose(gradient, jax.grad(plain)(output) / plain(output), rtol=1e-5)
+  np.testing.assert_allclose(gradient, plain_gradient / plain_loss, rtol=1e-5)
 
 
 def test_the_optimizer_has_two_rates_and_decay():
-  learned = {"transforms": jnp.ones(3), "input_clips": jnp.full(2, 4.0)}
+  learned = {"transforms": np.ones(3, np.float32), "input_clips": np.full(2, 4.0, np.float32)}
   optimizer = make_optimizer(1e-3, 10)
   assert optimizer is make_optimizer(1e-3, 10)
-  gradient = jax.tree.map(lambda p: jnp.full_like(p, 0.5), learned)
-  updates, _ = optimizer.update(gradient, optimizer.init(learned), learned)
+  gradient = jax.tree.map(lambda p: np.full_like(p, 0.5), learned)
+  update = lambda gradient, learned: optimizer.update(gradient, optimizer.init(learned), learned)
+  updates, _ = jax.jit(update)(gradient, learned)
   # Adam's first step is the rate, and decay adds the rate times 0.01 times the variable.
   np.testing.assert_allclose(updates["transforms"], -1e-3 * (1 + 0.01), rtol=1e-4)
   np.testing.assert_allclose(updates["input_clips"], -1e-2 * (1 + 0.04), rtol=1e-4)
@@ -302,7 +332,7 @@ def test_the_rotated_model_is_the_same_function():
   rotated = rotate_residual(model, random_hadamard(jax.random.key(0), model.config.hidden_size))
   tokens = jnp.asarray(random_tokens(model.config))
   expected = logits(model, tokens)
-  bound = 1e-4 * float(jnp.abs(expected).max())
+  bound = 1e-4 * np.abs(expected).max()
   np.testing.assert_allclose(logits(rotated, tokens), expected, atol=bound)
 
 
@@ -311,10 +341,9 @@ def test_the_rotated_model_is_the_same_function():
 
 @pytest.mark.parametrize("architecture", ["opt", "opt, post-norm", "neox"])
 def test_other_architectures_are_refused(architecture):
-  model = random_decoder(ARCHITECTURES[architecture])
-  x, context = model.stem(jnp.asarray(random_tokens(model.config)))
+  block = random_decoder(ARCHITECTURES[architecture]).blocks[0]
   with pytest.raises(UserError, match="a norm before a gated MLP"):
-    initial_block(model.blocks[0], x, context, jax.random.key(0), FlatQuantSettings())
+    initial_block(block, None, None, jax.random.key(0), FlatQuantSettings())
 
 
 def test_bad_settings_and_tensors_are_named(block_and_inputs):
@@ -322,14 +351,17 @@ def test_bad_settings_and_tensors_are_named(block_and_inputs):
   start = lambda settings, block=block, x=x: initial_block(
     block, x, context, jax.random.key(0), settings
   )
-  with pytest.raises(UserError, match="left_size=5 does not divide 32 channels"):
+  width = block.attention.q_proj.in_features
+  with pytest.raises(UserError, match=f"left_size=5 does not divide {width} channels"):
     start(FlatQuantSettings(left_size=5))
   with pytest.raises(UserError, match="group_size=5 does not divide"):
     start(FlatQuantSettings(IntegerFormat(4, 5)))
   with pytest.raises(UserError, match="the calibration activations: NaN or infinite"):
-    start(FlatQuantSettings(), x=x.at[0, 0, 0].set(jnp.nan))
+    start(FlatQuantSettings(), x=jnp.full_like(x, jnp.nan))
   broken = nnx.clone(block)
-  broken.mlp.up_proj.kernel[...] = broken.mlp.up_proj.kernel[...].at[0, 0].set(jnp.inf)
+  kernel = np.array(broken.mlp.up_proj.kernel[...])
+  kernel[0, 0] = np.inf
+  broken.mlp.up_proj.kernel[...] = jnp.asarray(kernel)
   with pytest.raises(UserError, match="mlp.up_proj.kernel: NaN or infinite"):
     start(FlatQuantSettings(), block=broken)
   for changes, message in (
@@ -344,12 +376,7 @@ def test_bad_settings_and_tensors_are_named(block_and_inputs):
     methods.settings_of(flatquant_config.get_config("tiny"), "W4")
 
 
-# The tiny run, whose compilations the tests of learning share.
-
-
-@pytest.fixture(scope="module")
-def tiny():
-  return flatquant_config.get_config("tiny")
+# The tiny run.
 
 
 @pytest.fixture(scope="module")
@@ -373,12 +400,9 @@ def test_tiny_run(tiny_run):
 
 
 @pytest.fixture(scope="module")
-def learned(tiny, tiny_run):
-  """(block, inputs, context, learned block, log) of the tiny run's first block."""
-  base = base_model(tiny.model)
-  draw = experiment.make_draw(tiny, base, np.zeros((1, 32), np.int32), 0, True)
-  block = draw.model.blocks[0]
-  x, context = draw.model.stem(draw.tokens)
+def learned(tiny, block_and_inputs):
+  """(block, inputs, context, learned block, log, arguments) of the tiny run's first block."""
+  block, x, context = block_and_inputs
   settings = methods.settings_of(tiny, "W4A4KV4")
   steps = ReconstructionSettings(tiny.epochs, tiny.batch_size, keep_best=False)
   key = jax.random.fold_in(jax.random.key(0), 0)
@@ -399,7 +423,7 @@ def test_learning_lowers_the_error_and_leaves_the_weights(learned):
 
 
 def test_quantize_block_is_learning_then_packing(learned):
-  block, x, context, flat, _, arguments = learned
+  block, x, context, flat, log, arguments = learned
   expected = pack(flat, arguments["settings"])
   for given in (x, Streams(x, x)):
     found = quantize_block(0, block, given, context, key=jax.random.key(0), **arguments)
@@ -407,8 +431,8 @@ def test_quantize_block_is_learning_then_packing(learned):
       np.testing.assert_array_equal(quantized_weights(found)[path].values, weight.values)
   # The student that was trained is the packed block, but for roundings of float32 at ties.
   target = run_block(block, x, context)
-  error = lambda block: float(jnp.mean((run_block(block, x, context) - target) ** 2))
-  assert error(expected) == pytest.approx(error(flat), rel=0.05)
+  error = float(np.mean((run_block(expected, x, context) - np.asarray(target)) ** 2))
+  assert error == pytest.approx(float(log.after), rel=0.05)
   with pytest.raises(UserError, match="finisher='awq'"):
     pack(flat, arguments["settings"], "awq")
 

@@ -1,4 +1,4 @@
-"""Outlier Suppression+: vectors of the reference code, invariants, and the tiny run."""
+"""Outlier Suppression+: invariants, bad input, and the tiny run."""
 
 import dataclasses
 import functools
@@ -49,58 +49,56 @@ from tests.common.models.small_decoders import (
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 TESTS = pathlib.Path(__file__).parents[1]
-GOLDEN = TESTS / "golden" / "outlier_suppression_plus" / "migration_search.npz"
 CHECKPOINTS = TESTS / "golden" / "hf_checkpoints"
 
 STATIC = osp.Settings(
   IntegerFormat(6), ActivationFormat(6, "per_tensor"), lower_fraction=0.01, search_samples=4
 )
-FORMATS = {
-  "int6_static": (STATIC.weights, STATIC.activations),
-  "int8_sym": (
-    IntegerFormat(8, axis=None, symmetric=True),
-    ActivationFormat(8, "per_tensor", symmetric=True),
-  ),
-  "int4_token": (IntegerFormat(4), ActivationFormat(4)),
-}
 
 
 def test_search_against_every_threshold_on_one_head():
   one_head = dataclasses.replace(ARCHITECTURES["opt"], num_heads=1, num_kv_heads=1, head_dim=32)
   block = random_decoder(dataclasses.replace(one_head, num_layers=1)).blocks[0]
-  positions = jnp.arange(12)[None]
-  context = make_context(one_head, positions, jnp.ones_like(positions))[0]
-  x = jax.random.normal(jax.random.key(0), (2, 12, 32)).at[..., 3].multiply(30.0)
-  low, high = channel_range(x)
+  positions = np.arange(12, dtype=np.int32)[None]
+  context = make_context(one_head, jnp.asarray(positions), jnp.ones_like(positions))[0]
+  x = np.random.default_rng(0).normal(size=(2, 12, 32)).astype(np.float32)
+  x[..., 3] *= 30.0
+  low, high = jax.jit(channel_range)(x)
   site = sites(one_head)[0]
   graphdef, state = nnx.split(block.attention)
-  formats = FORMATS["int4_token"]
+  formats = IntegerFormat(4), ActivationFormat(4)
   found = osp.search_site(
     graphdef, state, x, context, low, high, site, "output", *formats, 1.0, 1.0
   )
-  outputs, kernels = osp.site_outputs(graphdef, state, context, site, "output")
-  target, mask = outputs(x, kernels), jnp.ones((2, 12, 1))
-  largest = float(jnp.abs(x).max())
+  largest = float(np.abs(x).max())
   count = max(100, int(largest / 0.5))
   assert count > 100  # The grid is as fine as the activations are large.
-  thresholds = largest - jnp.arange(count + 1) * ((largest - 1) / count)
-  loss = lambda t: quantization_loss(
-    outputs, target, x, kernels, mask, threshold_scale(low, high, t), t, *formats
-  )
-  losses = np.asarray(jax.jit(lambda ts: jax.lax.map(loss, ts))(thresholds))
+  thresholds = (largest - np.arange(count + 1) * ((largest - 1) / count)).astype(np.float32)
+
+  @jax.jit
+  def losses_of(thresholds):
+    """The target, the loss of every threshold, and what the attention gives."""
+    outputs, kernels = osp.site_outputs(graphdef, state, context, site, "output")
+    target, mask = outputs(x, kernels), jnp.ones((2, 12, 1))
+    loss = lambda t: quantization_loss(
+      outputs, target, x, kernels, mask, threshold_scale(low, high, t), t, *formats
+    )
+    return target, jax.lax.map(loss, thresholds), nnx.merge(graphdef, state)(x, context)[0]
+
+  target, losses, attended = jax.device_get(losses_of(thresholds))
   np.testing.assert_allclose(found.loss, losses.min(), rtol=1e-4)
   np.testing.assert_allclose(found.threshold, thresholds[losses.argmin()], rtol=1e-5)
   assert losses.min() < 0.9 * losses[0]
   # The target is what the attention gives to its output projection.
-  by_hand = target @ block.attention.o_proj.kernel[...] + block.attention.o_proj.bias[...]
-  np.testing.assert_allclose(block.attention(x, context)[0], by_hand, atol=1e-4)
+  o_proj = block.attention.o_proj
+  by_hand = target @ np.asarray(o_proj.kernel[...]) + np.asarray(o_proj.bias[...])
+  np.testing.assert_allclose(attended, by_hand, atol=1e-4)
 
 
 FAMILIES = (
   "opt",
   "opt_post",
   "bloom6",
-  "llama",
   "llama_gqa_tied",
   "qwen2",
   "gpt2",
@@ -167,7 +165,7 @@ def logits(model, tokens):
 
 
 def error(model, quantized, tokens):
-  return float(jnp.mean((logits(quantized, tokens) - logits(model, tokens)) ** 2))
+  return np.mean((np.asarray(logits(quantized, tokens)) - logits(model, tokens)) ** 2)
 
 
 @pytest.fixture(scope="module")
@@ -305,13 +303,15 @@ def test_what_is_not_supported_is_named(wrong, message):
 
 def test_bad_weights_activations_and_sizes(model, tokens):
   broken = nnx.clone(model)
-  kernel = broken.blocks[1].mlp.up_proj.kernel
-  kernel[...] = kernel[...].at[2, 3].set(jnp.nan)
+  kernel = np.array(broken.blocks[1].mlp.up_proj.kernel[...])
+  kernel[2, 3] = np.nan
+  broken.blocks[1].mlp.up_proj.kernel[...] = jnp.asarray(kernel)
   with pytest.raises(UserError, match="blocks.1.mlp.up_proj.kernel.*NaN"):
     osp.quantize(broken, tokens, STATIC)
   x, context = model.stem(tokens)
   with pytest.raises(UserError, match="calibration activations"):
-    osp.calibrate_block(model.blocks[0], x.at[0].set(jnp.inf), context, model.config, STATIC)
+    infinite = jnp.full_like(x, jnp.inf)
+    osp.calibrate_block(model.blocks[0], infinite, context, model.config, STATIC)
   for change, message in (
     ({"weights": IntegerFormat(4, 24)}, "group_size=24"),
     ({"activations": ActivationFormat(4, "per_token", 24)}, "group_size=24 of activations"),
