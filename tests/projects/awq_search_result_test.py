@@ -24,6 +24,18 @@ def test_unsuitable_settings_are_refused():
     awq.AWQSettings(IntegerFormat(4), scale_stat="median")
 
 
+def test_what_is_not_finite_is_named():
+  model = random_decoder(ARCHITECTURES["llama"])
+  block, x, context = model.blocks[0], *model.stem(jnp.zeros((1, 4), jnp.int32))
+  search = lambda x: awq.search_block(block, x, context, model.config, SETTINGS)
+  with pytest.raises(UserError, match="the calibration activations: NaN or infinite"):
+    search(x.at[0, 1, 2].set(jnp.inf))
+  kernel = block.mlp.up_proj.kernel
+  kernel[...] = kernel[...].at[3, 4].set(jnp.nan)
+  with pytest.raises(UserError, match="mlp.up_proj.kernel: NaN or infinite"):
+    search(x)
+
+
 @pytest.fixture
 def searches():
   """Two blocks, the second without clips."""
