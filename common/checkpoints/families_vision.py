@@ -1,4 +1,4 @@
-"""The families of ViT, DeiT and ResNet."""
+"""The families of ViT, DeiT, Swin and ResNet."""
 
 import dataclasses
 from collections.abc import Collection
@@ -9,10 +9,12 @@ from common.checkpoints.family import (
   per_block,
   read_activation,
   read_labels,
+  reject,
   write_activation,
   write_labels,
 )
 from common.models.resnet import ResNet, ResNetConfig
+from common.models.swin import Swin, SwinConfig
 from common.models.vit import VisionTransformer, VisionTransformerConfig
 
 # What the part of a class's name after "ViT" or "DeiT" says about the head.
@@ -114,6 +116,60 @@ def _vit_family(name: str, heads: list[str]) -> Family:
   )
 
 
+def _read_swin(hf: dict[str, Any]) -> SwinConfig:
+  reject(hf, use_absolute_embeddings=False)
+  architecture = (hf.get("architectures") or ["SwinModel"])[0]
+  head = _HEADS[architecture.removeprefix("Swin")]
+  return SwinConfig(
+    image_size=_pair(hf["image_size"]),
+    patch_size=_pair(hf["patch_size"]),
+    embedding_size=hf["embed_dim"],
+    depths=tuple(hf["depths"]),
+    num_heads=tuple(hf["num_heads"]),
+    window_size=hf["window_size"],
+    mlp_ratio=float(hf.get("mlp_ratio", 4.0)),
+    num_channels=hf.get("num_channels", 3),
+    norm_eps=hf.get("layer_norm_eps", 1e-5),
+    activation=read_activation(hf.get("hidden_act", "gelu")),
+    qkv_bias=hf.get("qkv_bias", True),
+    head=head,
+    labels=() if head == "none" else read_labels(hf),
+    family="swin",
+  )
+
+
+def _write_swin(config: SwinConfig) -> dict[str, Any]:
+  ending = next(ending for ending, head in _HEADS.items() if head == config.head)
+  return {
+    "architectures": [f"Swin{ending}"],
+    "image_size": _unpair(config.image_size),
+    "patch_size": _unpair(config.patch_size),
+    "embed_dim": config.embedding_size,
+    "depths": list(config.depths),
+    "num_heads": list(config.num_heads),
+    "window_size": config.window_size,
+    "mlp_ratio": config.mlp_ratio,
+    "num_channels": config.num_channels,
+    "layer_norm_eps": config.norm_eps,
+    "hidden_act": write_activation(config.activation),
+    "qkv_bias": config.qkv_bias,
+    "use_absolute_embeddings": False,
+  } | write_labels(config.labels)
+
+
+_SWIN_BLOCK = {
+  "attention_norm": "layernorm_before",
+  "attention.q_proj": "attention.self.query",
+  "attention.k_proj": "attention.self.key",
+  "attention.v_proj": "attention.self.value",
+  "attention.o_proj": "attention.output.dense",
+  "relative_position_bias": "attention.self.relative_position_bias_table",
+  "mlp_norm": "layernorm_after",
+  "mlp.up_proj": "intermediate.dense",
+  "mlp.down_proj": "output.dense",
+}
+
+
 def _read_resnet(hf: dict[str, Any]) -> ResNetConfig:
   architecture = (hf.get("architectures") or ["ResNetModel"])[0]
   return ResNetConfig(
@@ -154,6 +210,24 @@ _RESNET_BLOCK = {
 VISION: dict[str, Family] = {
   "vit": _vit_family("ViT", ["Model", "ForImageClassification"]),
   "deit": _vit_family("DeiT", list(_HEADS)),
+  "swin": Family(
+    ("SwinModel", "SwinForImageClassification"),
+    "SwinModel",
+    Swin,
+    _read_swin,
+    _write_swin,
+    prefix="swin.",
+    names={
+      "embed_patches": "swin.embeddings.patch_embeddings.projection",
+      "embed_norm": "swin.embeddings.norm",
+      "final_norm": "swin.layernorm",
+      "classifier": "classifier",
+      **per_block("stages.{}.blocks.{}", "swin.encoder.layers.{}.blocks.{}", _SWIN_BLOCK),
+      "stages.{}.merging.norm": "swin.encoder.layers.{}.downsample.norm",
+      "stages.{}.merging.reduction": "swin.encoder.layers.{}.downsample.reduction",
+    },
+    buffers=("attention.self.relative_position_index", "embeddings.mask_token"),
+  ),
   "resnet": Family(
     ("ResNetModel", "ResNetForImageClassification"),
     "ResNetModel",

@@ -63,6 +63,8 @@ PARAMETERS: Table = {
   "embed_positions": (None, None, "embed"),
   "class_token": (None, None, "embed"),
   "distillation_token": (None, None, "embed"),
+  "relative_position_bias": (None, "heads"),
+  "merging.reduction.kernel": (None, "embed"),
   "conv.kernel": (None, None, None, "channels"),
 }
 

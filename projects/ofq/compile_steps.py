@@ -12,11 +12,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from common.checkpoints.families import FAMILIES
 from common.checkpoints.huggingface import Checkpoint
 from common.compilation.step import Step
 from common.errors import UserError
 from common.models.sharding import batch_sharding
-from common.models.vit import VisionTransformer, VisionTransformerConfig
+from common.models.swin import SwinConfig
+from common.models.vit import VisionTransformerConfig
 from common.training.mesh import make_mesh
 from common.training.train_step import TrainState
 from projects.ofq import digits
@@ -43,9 +45,25 @@ def deit(hidden_size: int) -> VisionTransformerConfig:
   )
 
 
+def swin(depths: tuple[int, ...]) -> SwinConfig:
+  """Swin-T and Swin-S: windows of 7 x 7 patches of 4 x 4 pixels, 96 channels at first."""
+  return SwinConfig(
+    image_size=(224, 224),
+    patch_size=(4, 4),
+    embedding_size=96,
+    depths=depths,
+    num_heads=(3, 6, 12, 24),
+    window_size=7,
+    head="classification",
+    labels=tuple(map(str, range(1000))),
+  )
+
+
 MODELS = {
   "facebook/deit-tiny-distilled-patch16-224": deit(192),
   "facebook/deit-small-distilled-patch16-224": deit(384),
+  "microsoft/swin-tiny-patch4-window7-224": swin((2, 2, 6, 2)),
+  "microsoft/swin-small-patch4-window7-224": swin((2, 2, 18, 2)),
 }
 
 
@@ -57,8 +75,8 @@ def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Ste
   return [training_step(config, method, model, rows, mesh) for method in config.methods]
 
 
-def vision_config(config: ConfigDict) -> VisionTransformerConfig:
-  """The model's size: of the digits' ViT, a published DeiT, or a directory's.
+def vision_config(config: ConfigDict) -> VisionTransformerConfig | SwinConfig:
+  """The model's size: of the digits' ViT, a published DeiT or Swin, or a directory's.
 
   Raises:
     UserError: there is no such model, or it is none that OFQ quantizes.
@@ -72,17 +90,17 @@ def vision_config(config: ConfigDict) -> VisionTransformerConfig:
   if not pathlib.Path(config.model).expanduser().is_dir():
     raise UserError(f"no model {config.model!r}: give a directory, or one of {', '.join(MODELS)}")
   found = Checkpoint(config.model).config
-  if not isinstance(found, VisionTransformerConfig):
-    raise UserError(f"{config.model} holds no vision transformer; expected ViT or DeiT")
+  if not isinstance(found, VisionTransformerConfig | SwinConfig):
+    raise UserError(f"{config.model} holds no vision transformer; expected ViT, DeiT or Swin")
   return found
 
 
 def training_step(
-  config: ConfigDict, method: str, model: VisionTransformerConfig, rows: int, mesh
+  config: ConfigDict, method: str, model: VisionTransformerConfig | SwinConfig, rows: int, mesh
 ) -> Step:
   """`make_qat_step` on abstract arrays; `rows` images per step."""
   settings = QATSettings(weight_bits=config.bits, activation_bits=config.bits, **METHODS[method])
-  make_teacher = lambda: VisionTransformer(model, rngs=nnx.Rngs(0))
+  make_teacher = lambda: FAMILIES[model.family].model(model, rngs=nnx.Rngs(0))
   graphdef, params = nnx.split(nnx.eval_shape(lambda: prepare(make_teacher(), settings)))
   teacher_graphdef, teacher_params = nnx.split(nnx.eval_shape(make_teacher))
   options = training_settings(config, method, IMAGENET_IMAGES // rows)

@@ -8,7 +8,7 @@ Expect, in the default preset (a small ViT on digits, 2-bit weights and activati
 points above LSQ, QKR one point more, and counts of oscillating weights that hardly differ.
 
 The paper preset trains on `folder:PATH` (PATH/train/CLASS/*.JPEG and PATH/val/CLASS/*.JPEG) or
-`tfds:imagenet2012`; `model` is a Hugging Face directory of a ViT or DeiT.
+`tfds:imagenet2012`; `model` is a Hugging Face directory of a ViT, DeiT or Swin.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,8 @@ def get_config(preset: str = "default") -> ConfigDict:
     {
       # digits (scikit-learn's), folder:PATH or tfds:NAME.
       "data": "digits",
+      # A saved integer model (*.safetensors) to evaluate on the data; nothing is trained then.
+      "integer_model": "",
       # Beside digits "small" (trained here first); otherwise a checkpoint directory.
       "model": "small",
       "hidden_size": 48,
@@ -55,7 +57,14 @@ def get_config(preset: str = "default") -> ConfigDict:
       "warmup_epochs": 0.0,
       "weight_decay": 0.05,
       "label_smoothing": 0.0,
+      # Of images in folders or TFDS sets. RandAugment's magnitude, 0 to 10, 0 leaves it out; how
+      # often an image is in a batch, each time augmented anew; shares of images with an erased box.
+      "rand_augment": 0,
+      "repeated_augmentation": 1,
       "random_erasing": 0.0,
+      # Beta's parameters; 0 leaves one out.
+      "mixup": 0.0,
+      "cutmix": 0.0,
       "boundary_range": 0.005,
       # Whether annealing masks the gradient of W_Q W_K^T too; the reference code does not.
       "cga_qk": "none",
@@ -91,5 +100,6 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.final_learning_rate = 1e-5
     config.warmup_epochs = 5.0
     config.label_smoothing = 0.1
+    config.rand_augment = 9
     config.random_erasing = 0.25
   return config

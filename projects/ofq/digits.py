@@ -104,6 +104,10 @@ def accuracy(model: nnx.Module, data: Digits) -> Array:
   return jnp.mean(jnp.argmax(logits, axis=-1) == data.test_labels)
 
 
+# One program; the optimizer's state of every parameter is otherwise made by programs of its own.
+start_training = jax.jit(init_train_state, static_argnums=1)
+
+
 def _scan_epoch(step_fn: StepFn, state: TrainState, data: Digits, batch_size: int):
   def step(state, drawn):
     shifts, rows = drawn
@@ -129,7 +133,7 @@ def pretrain(
   graphdef, params = nnx.split(model)
   num_steps = epochs * (len(data.labels) // batch_size)
   run, optimizer = _pretraining(graphdef, epochs, num_steps, batch_size, learning_rate)
-  state, test_accuracy = run(init_train_state(params, optimizer, jax.random.key(seed)), data)
+  state, test_accuracy = run(start_training(params, optimizer, jax.random.key(seed)), data)
   return nnx.merge(graphdef, state.params), float(test_accuracy)
 
 
@@ -206,12 +210,13 @@ def threshold_histogram(graphdef: nnx.GraphDef, params, bins: int) -> tuple[Arra
     (share of the weights in equal bins of [0, 1/2], float32 [bins]; share within 0.005, []).
     StatsQ's clipped weights may be further away and are then in no bin; LSQ's are in the last.
   """
-  counts, near, total = jnp.zeros(bins), jnp.zeros(()), 0
+  distances, near, total = [], jnp.zeros(()), 0
   for layer in block_layers(nnx.merge(graphdef, params)).values():
     bits, position = layer.weight_quantizer.bits, layer.weight_quantizer.position(layer.latent())
     n = 2 ** (bits - 1)
     threshold = jnp.clip(jnp.floor(position) + 0.5, -n + 0.5, n - 1.5)
-    counts += jnp.histogram(jnp.abs(position - threshold), bins, (0.0, 0.5))[0]
+    distances.append(jnp.abs(position - threshold).ravel())
     near += jnp.sum(near_threshold(position, bits, 0.005))
     total += position.size
+  counts, _ = jnp.histogram(jnp.concatenate(distances), bins, (0.0, 0.5))
   return counts / total, near / total

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -21,8 +22,8 @@ from common.models.vit import VisionTransformer
 from common.quantization import straight_through as ste
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
-from common.training.train_step import init_train_state
 from projects.ofq import digits, imagenet
+from projects.ofq.integer_model import exportable, load_integer, save_integer, to_integer
 from projects.ofq.ofq import QATSettings, calibrate, quantize
 from projects.ofq.oscillation import init_oscillation, update_oscillation
 from projects.ofq.training import TrainingSettings
@@ -50,12 +51,14 @@ MARGIN = 0.01
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
-  """Trains every method for every seed; or the paper's run on ImageNet.
+  """Trains every method for every seed; or the paper's run on ImageNet; or evaluates a saved model.
 
   Raises:
     UserError: a value of the config is not supported, or the data is not there.
   """
   check_config(config)
+  if config.integer_model:
+    return evaluate_saved(config)
   if config.data != "digits":
     return imagenet.run(config, METHODS, workdir)
   return run_digits(config, workdir)
@@ -74,6 +77,14 @@ def check_config(config: ConfigDict) -> None:
     raise UserError(
       f"epochs={config.epochs} and annealing_epochs={config.annealing_epochs} must be at least 1"
     )
+  for name, low, high in (
+    ("rand_augment", 0, 10),
+    ("repeated_augmentation", 1, math.inf),
+    ("mixup", 0, math.inf),
+    ("cutmix", 0, math.inf),
+  ):
+    if not low <= config[name] <= high:
+      raise UserError(f"{name}={config[name]}; expected {low} to {high}")
   if config.data == "digits":
     if 8 % config.patch_size or config.hidden_size % config.num_heads:
       raise UserError(
@@ -94,6 +105,7 @@ class Run(NamedTuple):
     sizes: {path: number of weights}.
     histogram: see `threshold_histogram`.
     near_threshold: share of weights within 0.005 of a threshold.
+    model: after the last epoch.
   """
 
   accuracy: np.ndarray
@@ -102,6 +114,7 @@ class Run(NamedTuple):
   sizes: dict[str, int]
   histogram: np.ndarray
   near_threshold: float
+  model: VisionTransformer
 
   def oscillating_share(self, of: tuple[str, ...] = ("",)) -> np.ndarray:
     """Share of the weights that oscillate, over the layers whose path ends so, [epochs]."""
@@ -145,6 +158,7 @@ def run_digits(config: ConfigDict, workdir: pathlib.Path) -> Report:
           runs.setdefault((method, bits), []).append(run)
   toys = toy_regression(config)
   report = Report(tables=tables(config, teacher, runs), figures=[], claims=[])
+  report.tables.append(export(config, teacher.data, runs, workdir))
   figures(config, runs, workdir, report)
   report.claims.extend(claims(config, teacher, runs, toys))
   return report
@@ -177,6 +191,8 @@ def training_settings(config: ConfigDict, method: str, steps_per_epoch: int) -> 
     weight_decay=config.weight_decay,
     boundary_range=config.boundary_range,
     label_smoothing=config.label_smoothing,
+    mixup=config.mixup,
+    cutmix=config.cutmix,
     freezing_thresholds=tuple(config.freezing_thresholds),
     guidance=config.guidance if method == QVIT else 0.0,
   )
@@ -194,7 +210,7 @@ def train_methods(
   data = teacher.data
   options = training_settings(config, methods[0], len(data.labels) // config.batch_size)
   epoch, optimizer = digits.make_epoch(graphdef, teacher_graphdef, options, config.batch_size)
-  state = init_train_state(params, optimizer, jax.random.key(seed))
+  state = digits.start_training(params, optimizer, jax.random.key(seed))
   if methods[0] == FREEZING:
     state = dataclasses.replace(
       state, opt_state=optax.tree.set(state.opt_state, freezing=jnp.array(True))
@@ -226,7 +242,7 @@ def train_methods(
     stacked = jax.tree.map(lambda *x: np.asarray(x), *jax.device_get(before + after))
     runs[method] = Run(
       stacked.accuracy, stacked.oscillating, stacked.scales, sizes, np.asarray(histogram),
-      float(near),
+      float(near), nnx.merge(graphdef, state.params),
     )  # fmt: skip
   return runs
 
@@ -238,10 +254,66 @@ def masked_product_epoch(config, graphdef, params, teacher_graphdef, options):
   return digits.make_epoch(nnx.split(model)[0], teacher_graphdef, options, config.batch_size)[0]
 
 
+@jax.jit
 def forget_oscillation(opt_state):
   """The tracker's state with frequencies of 0."""
   zero = lambda o: o._replace(frequency=jnp.zeros_like(o.frequency))
   return opt_state._replace(oscillation={p: zero(o) for p, o in opt_state.oscillation.items()})
+
+
+def export(config: ConfigDict, data: digits.Digits, runs, workdir: pathlib.Path) -> Table:
+  """The last method's models of the first seed with integer products: saved, and measured."""
+
+  @nnx.jit
+  def recognised(model):
+    return jnp.argmax(model(data.test_images).logits, axis=-1)
+
+  rows = []
+  for (method, bits), of_seeds in runs.items():
+    settings = QATSettings(weight_bits=bits, activation_bits=bits, **METHODS[method])
+    if method != config.methods[-1] or not exportable(settings.weight_quantizer, bits):
+      continue
+    integer = nnx.jit(to_integer)(of_seeds[0].model)
+    file = workdir / f"{imagenet.slug(method)}-w{bits}a{bits}.safetensors"
+    save_integer(file, integer, settings)
+    classes = np.stack([recognised(of_seeds[0].model), recognised(integer)])
+    top1 = 100 * np.mean(classes == np.asarray(data.test_labels), axis=1)
+    alike = 100 * np.mean(classes[0] == classes[1])
+    rows.append([method, f"W{bits}A{bits}", *top1.tolist(), float(alike), file.name])
+  columns = [
+    "method",
+    "bits",
+    Column("as trained, top-1, %", ".2f"),
+    Column("integer products, top-1, %", ".2f"),
+    Column("images classified alike, %", ".2f"),
+    "file",
+  ]
+  note = f"Seed {config.seeds[0]}. The files are in the folder of the results."
+  return Table("The models with integer products", columns, rows, note)
+
+
+def evaluate_saved(config: ConfigDict) -> Report:
+  """Top-1 of the model in the file `config.integer_model` on the config's data.
+
+  Raises:
+    UserError: there is no such model or data, or the model takes other images.
+  """
+  model = load_integer(config.integer_model)
+  size = model.config.image_size
+  takes = (*size, model.config.num_channels)
+  has = (8, 8, 1) if config.data == "digits" else (*size, 3)
+  if takes != has:
+    raise UserError(f"{config.integer_model} takes images {takes}, {config.data} has {has}")
+  if config.data == "digits":
+    data = digits.load(0)
+    count, top1 = len(data.test_labels), float(nnx.jit(digits.accuracy)(model, data))
+  else:
+    images = imagenet.load_images(config.data, "val")
+    count = len(images)
+    top1 = imagenet.accuracy(model, images, size, config.batch_size)
+  columns = ["model", "data", "images", Column("top-1, %", ".2f")]
+  row = [config.integer_model, config.data, count, 100 * top1]
+  return Report(tables=[Table("A saved model with integer products", columns, [row])])
 
 
 def toy_regression(config: ConfigDict, steps: int = 1000) -> dict[str, list[float]]:

@@ -26,6 +26,7 @@ from common.errors import UserError
 from common.models.attention import merge_heads, split_heads
 from common.models.decoder import Attention, AttentionContext
 from common.models.surgery import replace_module
+from common.models.swin import Swin, SwinBlock, WindowAttention
 from common.models.vit import VisionTransformer
 from common.quantization import straight_through as ste
 from common.quantization.calibration import check_finite
@@ -275,8 +276,8 @@ class Rectification(nnx.Module):
 class QATAttention(nnx.Module):
   """Quantized self-attention in place of `common.models.decoder.Attention`."""
 
-  def __init__(self, attention: Attention, seq: int, settings: QATSettings):
-    """seq: number of tokens, which steps per token fix."""
+  def __init__(self, attention: Attention | WindowAttention, seq: int, settings: QATSettings):
+    """seq: number of tokens, which steps per token fix; of a window, its own."""
     dim, width = attention.q_proj.kernel.shape
     head_dim, bits = attention.head_dim, settings.activation_bits
     num_heads = width // head_dim
@@ -330,49 +331,78 @@ class QATAttention(nnx.Module):
     return self.query_quantizer(query), self.key_quantizer(key)
 
 
-def quantize(model: VisionTransformer, settings: QATSettings) -> VisionTransformer:
-  """A copy of a full-precision ViT or DeiT that is ready for quantization-aware training.
+class QATWindowAttention(QATAttention):
+  """Quantized attention in place of `common.models.swin.WindowAttention`."""
+
+  def __call__(self, x: Array, bias: Array) -> Array:
+    """x: [windows, tokens, dim], bias: [windows, heads, tokens, tokens] -> x's shape."""
+    return self.mix(x, bias)
+
+
+def quantize(model: VisionTransformer | Swin, settings: QATSettings) -> VisionTransformer | Swin:
+  """A copy of a full-precision ViT, DeiT or Swin that is ready for quantization-aware training.
 
   The initial steps of activations are set by `calibrate`, which must follow.
 
   Raises:
     UserError: the model is of another kind or has been quantized already.
   """
-  if not isinstance(model, VisionTransformer):
-    raise UserError(f"OFQ quantizes vision transformers (ViT, DeiT), not {type(model).__name__}")
+  if not isinstance(model, VisionTransformer | Swin):
+    raise UserError(
+      f"OFQ quantizes vision transformers (ViT, DeiT, Swin), not {type(model).__name__}"
+    )
   if isinstance(model.embed_patches, QATLayer):
     raise UserError("the model is quantized already; start from the full-precision model")
   check_finite(model)
   return _prepared_copy(model, settings)
 
 
-def prepare(model: VisionTransformer, settings: QATSettings) -> VisionTransformer:
-  """`quantize` in place and unchecked, for abstract models too."""
-  for block in model.blocks:
-    quantize_block(block, model.config.sequence_length, settings)
+def prepare(model: VisionTransformer | Swin, settings: QATSettings) -> VisionTransformer | Swin:
+  """`quantize` in place and unchecked, for abstract models too.
+
+  Raises:
+    UserError: Q-ViT's rectification, which goes with guidance by whole attention maps, for Swin.
+  """
+  if isinstance(model, Swin):
+    if settings.rectify_queries_and_keys:
+      raise UserError("Q-ViT is for ViT and DeiT here, not for Swin; choose another method")
+    for index, stage in enumerate(model.stages):
+      for block in stage.blocks:
+        quantize_block(block, math.prod(block.grid), settings)
+      if stage.merging is not None:
+        seq = math.prod(model.config.grid(index + 1))
+        stage.merging.reduction = _qat_linear(stage.merging.reduction, seq, settings)
+  else:
+    for block in model.blocks:
+      quantize_block(block, model.config.sequence_length, settings)
   model.embed_patches = outer_layer(model.embed_patches, (1, 1, 1))
   for name in ("classifier", "class_classifier", "distillation_classifier"):
-    if getattr(model, name) is not None:
+    if getattr(model, name, None) is not None:
       replace_module(model, name, outer_layer(getattr(model, name), (1,)))
   return model
 
 
 @functools.partial(nnx.jit, static_argnums=1)
-def _prepared_copy(model: VisionTransformer, settings: QATSettings) -> VisionTransformer:
+def _prepared_copy(model, settings: QATSettings):
   return prepare(nnx.clone(model), settings)
 
 
 def quantize_block(block: nnx.Module, seq: int, settings: QATSettings) -> None:
   """Replaces the attention and the MLP's linears of a block on `seq` tokens, in place."""
-  offsets = lambda features: features if settings.learnable_offsets else None
-  weights, bits = (settings.weight_bits, settings.weight_quantizer), settings.activation_bits
-  block.attention = QATAttention(block.attention, seq, settings)
-  dim, hidden = block.mlp.up_proj.kernel.shape
-  before = ActivationQuantizer(bits, (seq, 1), offsets(dim))
-  block.mlp.up_proj = QATLayer(block.mlp.up_proj, *weights, before)
+  if isinstance(block, SwinBlock):
+    block.attention = QATWindowAttention(block.attention, block.window**2, settings)
+  else:
+    block.attention = QATAttention(block.attention, seq, settings)
+  block.mlp.up_proj = _qat_linear(block.mlp.up_proj, seq, settings)
   # What GELU gives is mostly positive; the offset sees to the rest.
-  between = ActivationQuantizer(bits, (seq, 1), offsets(hidden), signed=False)
-  block.mlp.down_proj = QATLayer(block.mlp.down_proj, *weights, between)
+  block.mlp.down_proj = _qat_linear(block.mlp.down_proj, seq, settings, signed=False)
+
+
+def _qat_linear(layer: nnx.Linear, seq: int, settings: QATSettings, signed: bool = True):
+  features = layer.kernel.shape[0]
+  offsets = features if settings.learnable_offsets else None
+  quantizer = ActivationQuantizer(settings.activation_bits, (seq, 1), offsets, signed)
+  return QATLayer(layer, settings.weight_bits, settings.weight_quantizer, quantizer)
 
 
 def outer_layer(layer: nnx.Linear | nnx.Conv, step_shape: tuple[int, ...]) -> QATLayer:
@@ -394,7 +424,7 @@ def calibrate(model: nnx.Module, images: Array) -> None:
   model.set_attributes(calibrating=True)
   _forward(model, images)
   model.set_attributes(calibrating=False)
-  check_finite(model)
+  check_finite(model, images)  # Of the same arrays as before: the program is there.
 
 
 @nnx.jit
@@ -403,11 +433,14 @@ def _forward(model: nnx.Module, images: Array) -> None:
 
 
 def block_layers(model: nnx.Module) -> dict[str, QATLayer | QueryKeyProduct]:
-  """The few-bit layers of the blocks by path: everything but the 8-bit first and last layers."""
+  """The few-bit layers by path: all but the 8-bit first and last ones, the model's own attributes.
+
+  They are those of the blocks, and what merges patches between Swin's stages.
+  """
   return {
     ".".join(map(str, path)): layer
     for path, layer in nnx.iter_modules(model)
-    if isinstance(layer, QATLayer | QueryKeyProduct) and "blocks" in path
+    if isinstance(layer, QATLayer | QueryKeyProduct) and len(path) > 1
   }
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from common.data.augmentation import mix_batch
 from common.models.attention import split_heads
 from common.models.surgery import get_module, record_inputs
 from common.training.optimizer import make_optimizer
@@ -32,6 +33,7 @@ class TrainingSettings:
       steps after num_steps go on at the final rate (annealing does).
     boundary_range: BR of confidence-guided annealing.
     label_smoothing: of the hard labels.
+    mixup, cutmix: parameters of their Beta distributions; 0 leaves one out.
     freezing_thresholds: of the frequency, at the first and the last step of iterative freezing.
     guidance: weight of Q-ViT's distribution-guided distillation; 0 leaves it out.
   """
@@ -43,6 +45,8 @@ class TrainingSettings:
   weight_decay: float = 0.05
   boundary_range: float = 0.005
   label_smoothing: float = 0.0
+  mixup: float = 0.0
+  cutmix: float = 0.0
   freezing_thresholds: tuple[float, float] = (0.04, 0.01)
   guidance: float = 0.0
 
@@ -150,9 +154,13 @@ def make_qat_step(
   """
 
   def loss_fn(params, batch, key, teacher_params, dampening):
-    del key  # No dropout.
     model, teacher = nnx.merge(graphdef, params), nnx.merge(teacher_graphdef, teacher_params)
-    images = batch["images"]
+    images, labels = batch["images"], batch["labels"]
+    if settings.mixup or settings.cutmix:
+      labels = jax.nn.one_hot(labels, len(model.config.labels))
+      images, labels = mix_batch(
+        key, images, labels, mixup_alpha=settings.mixup, cutmix_alpha=settings.cutmix
+      )
     if settings.guidance:
       logits, (queries_keys) = _observe(model, images, _student_queries_and_keys(model))
       teacher_logits, inputs = _observe(teacher, images, _teacher_queries_and_keys(teacher))
@@ -165,9 +173,7 @@ def make_qat_step(
     else:
       logits, teacher_logits = head_logits(model, images), head_logits(teacher, images)
       guidance = jnp.zeros(len(images))
-    losses = distillation_loss(
-      *logits, teacher_logits[0], batch["labels"], settings.label_smoothing
-    )
+    losses = distillation_loss(*logits, teacher_logits[0], labels, settings.label_smoothing)
     losses = losses + settings.guidance * guidance
     count = jnp.float32(len(images))
     return jnp.sum(losses) + count * dampening * dampening_loss(model), count
