@@ -1,5 +1,6 @@
 """Layers whose kernel is computed from variables that a quantizer learns."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -48,5 +49,13 @@ def quantized_kernels(module: nnx.Module) -> dict[str, nnx.Module]:
 
 def freeze_kernels(module: nnx.Module) -> None:
   """Puts plain layers with the rounded kernels back, in place."""
-  for path in quantized_kernels(module):
-    replace_module(module, path, get_module(module, path).rounded_layer())
+  for path, kernel in _rounded_kernels(*nnx.split(module)).items():
+    layer = nnx.clone(get_module(module, path).layer)
+    layer.kernel = nnx.Param(kernel.astype(layer.kernel.dtype))
+    replace_module(module, path, layer)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rounded_kernels(graphdef, state):
+  """{path: what its `weight` returns}: one program for a module, not one per operation."""
+  return {p: weight() for p, weight in quantized_kernels(nnx.merge(graphdef, state)).items()}

@@ -12,6 +12,7 @@ Kernels are [..., in, out] here, the transpose of the paper's.
 """
 
 import dataclasses
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -239,8 +240,14 @@ def quantize_block(
 def pack_block(learned: Block, format: IntegerFormat) -> Block:
   """A block with plain packed linears in place of its learned `FlexRound` kernels."""
   packed = nnx.clone(learned)
-  weights = {path: pack(w, format) for path, w in quantized_kernels(packed).items()}
+  weights = _packed_weights(*nnx.split(packed), format)
   for path in weights:
     replace_module(packed, path, get_module(packed, path).layer)
   pack_linears(packed, weights)
   return packed
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _packed_weights(graphdef, state, format: IntegerFormat) -> dict[str, QuantizedArray]:
+  weights = quantized_kernels(nnx.merge(graphdef, state))
+  return {path: pack(weight, format) for path, weight in weights.items()}

@@ -206,8 +206,7 @@ def quantize_unit(
     objective=adaround_objective if soft else feature_sum,
     run=run,
   )
-  weights = quantized_kernels(learned).items()
-  shifts = {path: grid_shift(w) for path, w in weights if isinstance(w, FlexRound)}
+  shifts = _grid_shifts(*nnx.split(learned)) if method in ABLATIONS else {}
   freeze(learned)
   error = _error(learned, x, context, targets, run)
   if not error <= rtn_error:
@@ -333,8 +332,19 @@ def _call_order(unit: nnx.Module, x: Array, context, run: Run) -> list[str]:
 
 
 def _error(unit, x: Streams, context, targets: Array, run: Run) -> float:
-  difference = run_unit(unit, x.quantized, context, run) - targets
-  return float(jnp.mean(difference.astype(jnp.float32) ** 2))
+  return float(_mean_square(run_unit(unit, x.quantized, context, run), targets))
+
+
+@jax.jit
+def _mean_square(output, targets):
+  return jnp.mean((output - targets).astype(jnp.float32) ** 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _grid_shifts(graphdef, state):
+  """{path: grid shift} of FlexRound's kernels."""
+  weights = quantized_kernels(nnx.merge(graphdef, state))
+  return {path: grid_shift(weight) for path, weight in weights.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -8,7 +8,13 @@ from flax import nnx
 
 from common.quantization import float_format
 from common.quantization.float_linear import FloatLinear
-from projects.llm_fp4.llm_fp4 import FPQSettings, LinearSearch, quantize, quantized_kernel
+from projects.llm_fp4.llm_fp4 import (
+  FPQSettings,
+  LinearSearch,
+  format_bits,
+  quantize_to,
+  quantized_kernel,
+)
 
 Array = jax.Array
 
@@ -16,20 +22,21 @@ Array = jax.Array
 class FPQLinear(nnx.Module):
   """Q(x) Q(W) + bias in floating point: a layer as the search sees it.
 
-  The activations' format is a variable, so that models that differ in it share a compilation.
+  The activations' format is a variable, so that models that differ in it, or in the formats that
+  they chose from, share a compilation.
   """
 
   def __init__(self, linear: nnx.Linear, search: LinearSearch, settings: FPQSettings):
     kernel = linear.kernel[...]
     self.kernel = nnx.Param(_kernel(kernel, search, settings).astype(kernel.dtype))
     self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
-    self.formats = settings.activation_formats
-    self.activation_format = nnx.Param(search.activation_format)
+    bits = _format_bits(settings.activation_formats, search.activation_format)
+    self.activation_format = nnx.Param(bits)
     self.activation_bias = nnx.Param(search.activation_bias)
 
   def __call__(self, x: Array) -> Array:
     """[..., in] -> [..., out]."""
-    rounded = quantize(x, self.formats, self.activation_format[...], self.activation_bias[...])
+    rounded = quantize_to(x, self.activation_format[...], self.activation_bias[...])
     y = jnp.matmul(rounded.astype(x.dtype), self.kernel[...])
     return y if self.bias is None else y + self.bias[...]
 
@@ -53,4 +60,5 @@ def fold(linear: nnx.Linear, search: LinearSearch, settings: FPQSettings) -> Flo
 
 
 _kernel = functools.partial(jax.jit, static_argnums=2)(quantized_kernel)
+_format_bits = functools.partial(jax.jit, static_argnums=0)(format_bits)
 _encode = functools.partial(jax.jit, static_argnums=1)(float_format.encode)

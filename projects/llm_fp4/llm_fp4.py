@@ -205,7 +205,16 @@ def quantize(x: Array, formats: tuple[FloatFormat, ...], index: Array, bias: Arr
 
   One program serves all formats: a search, or the models that it leads to, compile once.
   """
-  bits = jnp.array([(f.exponent_bits, f.mantissa_bits) for f in formats], jnp.int32)[index]
+  return quantize_to(x, format_bits(formats, index), bias)
+
+
+def format_bits(formats: tuple[FloatFormat, ...], index: Array) -> Array:
+  """(exponent bits, mantissa bits) of the format at `index` (int32 []), int32 [2]."""
+  return jnp.array([(f.exponent_bits, f.mantissa_bits) for f in formats], jnp.int32)[index]
+
+
+def quantize_to(x: Array, bits: Array, bias: Array) -> Array:
+  """x rounded to the format of `format_bits`, with a bias that broadcasts to it; float32."""
   return float_format.fake_quantize(x, _Format(bits[0], bits[1]), bias)
 
 

@@ -110,10 +110,17 @@ def smoothed_block(block, x: Array, context, config: DecoderConfig, alpha: float
   inputs = calibration.block_inputs(block, x, context)
   block = nnx.clone(block)
   for group in scaling_groups(config):
-    features = jnp.abs(inputs[group.linears[0]]) * token_mask(x, context)
     kernels = list(get_kernels(block, list(group.linears)).values())
-    fold_scale(block, group, smoothquant_scale(features.max(axis=(0, 1)), kernels, alpha))
+    scale = _smoothquant_scale(inputs[group.linears[0]], x, context, kernels, alpha)
+    fold_scale(block, group, scale)
   return block
+
+
+@jax.jit
+def _smoothquant_scale(features, x, context, kernels, alpha):
+  """`smoothquant_scale` of a group's inputs [samples, seq, in] on the tokens of the block's x."""
+  largest = (jnp.abs(features) * token_mask(x, context)).max(axis=(0, 1))
+  return smoothquant_scale(largest, kernels, alpha)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -92,7 +92,7 @@ class BlockGroup(nnx.Module):
       )
     self.size = len(blocks)
     states = [state for _, state in split]
-    self.blocks = nnx.merge(split[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+    self.blocks = nnx.merge(split[0][0], _stack(states))
 
   def __call__(self, x: Array, context) -> tuple[Array, None]:
     """[batch, seq, dim] -> [batch, seq, dim] (and no cache)."""
@@ -106,8 +106,19 @@ class BlockGroup(nnx.Module):
   def unstack(self) -> list[nnx.Module]:
     """The blocks one by one."""
     graphdef, state = nnx.split(self.blocks)
-    block = lambda i: nnx.merge(graphdef, jax.tree.map(lambda x: x[i], state))
-    return [block(i) for i in range(self.size)]
+    return [nnx.merge(graphdef, block) for block in _unstack(state, self.size)]
+
+
+@jax.jit
+def _stack(states):
+  """States [...] of blocks as one, [blocks, ...]: one program for all leaves."""
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack(state, size: int):
+  block = lambda i: jax.tree.map(lambda leaf: leaf[i], state)
+  return [block(i) for i in range(size)]
 
 
 class BiasedNorm(nnx.Module):

@@ -121,15 +121,24 @@ def quantize_with_hessians(
 
 
 def dense(model: Decoder, original: Decoder) -> Decoder:
-  """`original` with its linears' kernels set to what `model`'s indices stand for.
+  """`model` with plain linears, whose kernels are what its indices stand for.
 
-  The same numbers as `model`, in the program of `original`: no new compilation to evaluate it.
+  The same numbers as `model`, what was tuned beside the linears included, in the program of
+  `original`: no new compilation to evaluate it.
   """
-  result = nnx.clone(original)
-  for path, layer in nnx.iter_modules(model):
+  result = nnx.clone(model)
+  for path, layer in list(nnx.iter_modules(model)):
     if isinstance(layer, VectorQuantizedLinear):
-      get_module(result, ".".join(map(str, path))).kernel[...] = layer.weight.dequantize()
+      name = ".".join(map(str, path))
+      linear = nnx.clone(get_module(original, name))
+      linear.kernel[...] = _dequantize(layer.weight)
+      if linear.bias is not None:
+        linear.bias[...] = layer.bias[...]
+      replace_module(result, name, linear)
   return result
+
+
+_dequantize = jax.jit(VectorQuantizedArray.dequantize)
 
 
 def finetune_blocks(

@@ -9,12 +9,14 @@ channels of a vector are quantized together, and the channels behind take up the
 with P the v channels and F those behind. Codebooks, normalisation and order are VPTQ's.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from projects.vptq.kmeans import nearest_centroid, weighted_kmeans
-from projects.vptq.vptq import VPTQSettings, denormalize, inverse_factor, prepare, proxy_error
+from projects.vptq.vptq import VPTQSettings, inverse_factor, prepare, proxy_error, restore
 
 Array = jax.Array
 
@@ -76,15 +78,27 @@ def gptvq(w: Array, h: Array, key: Array, settings: VPTQSettings) -> tuple[Array
     norm_hessian=settings.norm_hessian,
   )
   u = inverse_factor(h, settings.damping)
+  codebook = _fit_codebook(
+    w,
+    importance,
+    key,
+    settings.kmeans_iterations,
+    v=settings.vector_length,
+    k=settings.num_centroids,
+  )
+  _, quantized = joint_pass(w, u, codebook)
+  quantized = restore(quantized, order, scale, bias)
+  return quantized, proxy_error(original, quantized, hessian)
+
+
+@functools.partial(jax.jit, static_argnames=("v", "k"))
+def _fit_codebook(
+  w: Array, importance: Array, key: Array, max_iterations: int | Array, *, v: int, k: int
+) -> Array:
+  """k-means of all vectors, each channel with its weight; float16 values as float32 [k, v]."""
   rows, columns = w.shape
-  v = settings.vector_length
   vectors = lambda a: jnp.pad(a, ((0, -rows % v), (0, 0))).reshape(-1, v, columns)
   weights = jnp.broadcast_to((importance / importance.mean())[:, None], w.shape)
   swap = lambda a: vectors(a).transpose(0, 2, 1).reshape(-1, v)
-  codebook, _ = weighted_kmeans(
-    swap(w), swap(weights), settings.num_centroids, key, max_iterations=settings.kmeans_iterations
-  )
-  codebook = codebook.astype(jnp.float16).astype(jnp.float32)
-  _, quantized = joint_pass(w, u, codebook)
-  quantized = denormalize(jnp.zeros_like(w).at[order].set(quantized), scale, bias)
-  return quantized, proxy_error(original, quantized, hessian)
+  codebook, _ = weighted_kmeans(swap(w), swap(weights), k, key, max_iterations=max_iterations)
+  return codebook.astype(jnp.float16).astype(jnp.float32)

@@ -399,23 +399,19 @@ def vptq(
     # The pass starts again from the weights that the first one started from.
     final = run(rest, u_rest, codebooks, residual_codebooks)
 
-  def error(outlier_values, values):
-    """In the original coordinates, against the Hessian as it was measured."""
-    new = jnp.zeros_like(w).at[order].set(jnp.concatenate([outlier_values, values]))
-    return proxy_error(original, denormalize(new, scale, bias), hessian)
-
   outlier_values = outliers.quantized if count else assigned
-  errors = ProxyErrors(
-    error(assigned, nearest.quantized),
-    error(outlier_values, first.quantized),
-    error(outlier_values, final.quantized),
+  stages = (
+    (assigned, nearest.quantized),
+    (outlier_values, first.quantized),
+    (outlier_values, final.quantized),
   )
+  errors = _stage_errors(original, hessian, stages, order, scale, bias)
 
   indices, residual_indices = final.indices, final.residual_indices
   if count == 0 and groups == 1:
     # All channels share one codebook, so that they can be stored in their own order.
-    restore = lambda a: None if a is None else jnp.zeros_like(a).at[order].set(a)
-    indices, residual_indices, order = restore(indices), restore(residual_indices), None
+    in_place = lambda a: None if a is None else restore(a, order, None, None)
+    indices, residual_indices, order = in_place(indices), in_place(residual_indices), None
   elif not settings.permute:
     order = None
   half = lambda a: None if a is None else a.astype(jnp.float16)
@@ -437,8 +433,16 @@ def vptq(
 
 
 @jax.jit
-def denormalize(w: Array, scale: Array | None, bias: Array | None) -> Array:
-  """scale W + bias per input channel, float32 [in, out]."""
+def restore(w: Array, order: Array, scale: Array | None, bias: Array | None) -> Array:
+  """Undoes `prepare`: channels in their own order, and scale W + bias of each, [in, out]."""
+  w = jnp.zeros_like(w).at[order].set(w)
   if scale is None:
     return w
   return w * scale.astype(jnp.float32)[:, None] + bias.astype(jnp.float32)[:, None]
+
+
+@jax.jit
+def _stage_errors(w: Array, h: Array, stages, order, scale, bias) -> ProxyErrors:
+  """Of the original weight and Hessian; `stages`: the values of (outliers, the rest) after each."""
+  values = [restore(jnp.concatenate(parts), order, scale, bias) for parts in stages]
+  return ProxyErrors(*[proxy_error(w, quantized, h) for quantized in values])

@@ -1,5 +1,6 @@
 """FlexRound: vectors of the official code, invariants, and the tiny run."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from common.errors import UserError
+from common.models.base import base_model
 from common.models.decoder import Block
 from common.models.mobilenet import MobileNet, MobileNetConfig, Stage
 from common.quantization import rtn
@@ -22,7 +24,7 @@ from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import QuantizedKernel
 from common.quantization.reconstruction import Learned, ReconstructionSettings, reconstruct
 from common.quantization.straight_through import lsq
-from projects.flexround import config, convnets, experiment
+from projects.flexround import config, convnets, experiment, language_experiment
 from projects.flexround.activation_quantizer import LearnedInput, freeze_inputs
 from projects.flexround.flexround import (
   FlexRound,
@@ -32,7 +34,14 @@ from projects.flexround.flexround import (
   pack,
   quantize_block,
 )
-from projects.flexround.methods import Layer, Protocol, quantize_unit, run_layer
+from projects.flexround.methods import (
+  Layer,
+  Protocol,
+  optimizer_of,
+  quantize_unit,
+  round_to_nearest,
+  run_layer,
+)
 from projects.flexround.scale_search import NORM, initial_scales
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
@@ -48,7 +57,7 @@ FORMATS = [
 
 
 def weights(shape=(8, 6), seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+  return np.float32(np.random.default_rng(seed).normal(size=shape))
 
 
 def flexround(w, format=FORMATS[0], start="min_max", **switches):
@@ -56,6 +65,12 @@ def flexround(w, format=FORMATS[0], start="min_max", **switches):
   return FlexRound(w, *initial_scales(w, format, start), settings)
 
 
+@nnx.jit
+def kernel_codes_and_shift(weight):
+  return weight(), weight.codes(), grid_shift(weight).shift
+
+
+@nnx.jit
 def value_and_gradients(weight, cotangent):
   """The rounded kernel, and the gradients of sum(it * cotangent) by every `Learned` variable."""
   graphdef, learned, rest = nnx.split(weight, Learned, ...)
@@ -75,13 +90,14 @@ def test_the_official_code(channel, search, bits):
   with np.load(GOLDEN / "quantizer_forward_and_grad.npz") as file:
     prefix = f"ch{channel}_clip{search}_b{bits}_"
     golden = {k.removeprefix(prefix): file[k].T for k in file.files if k.startswith(prefix)}
-    w = jnp.asarray(file["weight"].T)
+    w = file["weight"].T
   per_group = lambda name: golden[name].reshape(1, -1)
   start = ("min_max", "search")[search]
   weight = flexround(w, IntegerFormat(bits, axis=0 if channel else None), start)
   np.testing.assert_allclose(weight.step(), per_group("delta"), rtol=1e-6)
   np.testing.assert_array_equal(weight.zero_points[...], per_group("zp"))
-  np.testing.assert_allclose(weight(), golden["rtn"], rtol=1e-5, atol=1e-6)
+  rounded = kernel_codes_and_shift(weight)[0]
+  np.testing.assert_allclose(rounded, golden["rtn"], rtol=1e-5, atol=1e-6)
   weight.s1[...] = jnp.asarray(per_group("d1") - np.log(per_group("delta")))
   weight.s2[...] = jnp.asarray(golden["d2"])
   weight.s3[...] = jnp.asarray(golden["d3"])
@@ -99,9 +115,9 @@ def test_it_starts_from_rounding_to_nearest(format, parametrization):
   w = weights()
   weight = flexround(w, format, parametrization=parametrization)
   s1, z = initial_scales(w, format, "min_max")
-  expected = rtn.decode(rtn.encode(w, s1, z, format), s1, z, format)
-  np.testing.assert_array_equal(weight(), expected)
-  assert not np.any(grid_shift(weight).shift)
+  kernel, _, shift = kernel_codes_and_shift(weight)
+  np.testing.assert_array_equal(kernel, round_to_nearest(w, s1, z, format))
+  assert not np.any(shift)
 
 
 def test_the_gradient_is_the_papers():
@@ -109,46 +125,55 @@ def test_the_gradient_is_the_papers():
   w = weights((32, 3))
   cotangent = weights((32, 3), 1)
   s1, z = initial_scales(w, FORMATS[0], "min_max")
-  s1 = 0.5 * s1  # So that a part is clipped.
-  divisor = jnp.exp(0.2 * weights((32, 3), 2))
-  inside = (jnp.round(w / (s1 * divisor)) + z >= 0) & (jnp.round(w / (s1 * divisor)) + z <= 7)
-  assert 0.2 < float(inside.mean()) < 0.9
+  s1, z = 0.5 * np.asarray(s1), np.asarray(z)  # So that a part is clipped.
+  divisor = np.exp(0.2 * weights((32, 3), 2))
+  codes = np.round(w / (s1 * divisor)) + z
+  inside = (codes >= 0) & (codes <= 7)
+  assert 0.2 < inside.mean() < 0.9
   for parametrization in ("linear", "log"):
     weight = FlexRound(w, s1, z, FlexRoundSettings(FORMATS[0], parametrization=parametrization))
-    weight.s2[...] = divisor if parametrization == "linear" else jnp.log(divisor)
+    weight.s2[...] = jnp.asarray(divisor if parametrization == "linear" else np.log(divisor))
     found = value_and_gradients(weight, cotangent)[1]["s2"]
-    expected = jnp.where(inside, -w / divisor**2 * cotangent, 0)
+    expected = np.where(inside, -w / divisor**2 * cotangent, 0)
     if parametrization == "log":
       expected = divisor * expected
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_only_s1_multiplies():
-  w = weights()
-  weight = flexround(w)
-  weight.s2[...] = 0.3 * weights((8, 6), 1)
-  before = weight()
-  weight.s2[...] = weight.s2[...] - jnp.log(2.0)
-  weight.s3[...] = weight.s3[...] + jnp.log(2.0)
-  np.testing.assert_allclose(weight(), before, rtol=1e-6)
+  def kernel(weight, **logarithms):
+    for name, value in logarithms.items():
+      getattr(weight, name)[...] = jnp.asarray(value)
+    return kernel_codes_and_shift(weight)[0]
+
+  weight, log2 = flexround(weights()), np.float32(np.log(2))
+  s2, ones = 0.3 * weights((8, 6), 1), np.ones((1, 6), np.float32)
+  before = kernel(weight, s2=s2)
+  np.testing.assert_allclose(kernel(weight, s2=s2 - log2, s3=log2 * ones), before, rtol=1e-6)
   # A convolution's s4 likewise, in the shape of its inputs.
   conv = flexround(weights((3, 3, 4, 6)))
-  assert conv.s4.shape == (1, 1, 4, 1) and conv.s3.shape == (1, 1, 1, 6)
-  before = conv()
-  conv.s4[...], conv.s3[...] = conv.s4[...] + jnp.log(2.0), conv.s3[...] - jnp.log(2.0)
-  np.testing.assert_allclose(conv(), before, rtol=1e-6)
+  s3, s4 = np.zeros((1, 1, 1, 6), np.float32), np.zeros((1, 1, 4, 1), np.float32)
+  assert conv.s4.shape == s4.shape and conv.s3.shape == s3.shape
+  before = kernel(conv)
+  np.testing.assert_allclose(kernel(conv, s4=s4 + log2, s3=s3 - log2), before, rtol=1e-6)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_codes_are_integers_in_the_range_and_can_be_packed(format):
   weight = flexround(weights(), format)
-  weight.s1[...] = jnp.full(weight.s1.shape, 0.1)
-  weight.s2[...] = weights((8, 6), 1)
-  codes = np.asarray(weight.codes())
+  weight.s1[...] = jnp.asarray(np.full(weight.s1.shape, 0.1, np.float32))
+  weight.s2[...] = jnp.asarray(weights((8, 6), 1))
+  kernel, codes, _ = map(np.asarray, kernel_codes_and_shift(weight))
   low, high = format.code_range
   assert np.array_equal(codes, np.round(codes)) and codes.min() >= low and codes.max() <= high
-  packed = pack(weight, format)
-  np.testing.assert_allclose(packed.dequantize(), weight(), rtol=1e-6)
+
+  @nnx.jit
+  def packed_and_dense(weight):
+    packed = pack(weight, format)
+    return packed, packed.dequantize()
+
+  packed, dense = packed_and_dense(weight)
+  np.testing.assert_allclose(dense, kernel, rtol=1e-6)
   assert (packed.zero_points is None) == format.symmetric
 
 
@@ -159,9 +184,14 @@ def test_with_s1_alone_it_is_lsq():
   cotangent = weights((8, 6), 1)
   out, gradients = value_and_gradients(weight, cotangent)
   s1 = weight.initial_s1[...]
-  by_step = jax.grad(lambda s: jnp.sum(lsq(w, s, (-4, 3)) * cotangent))(s1)
-  np.testing.assert_allclose(out, lsq(w, s1, (-4, 3)), rtol=1e-6)
-  np.testing.assert_allclose(gradients["s1"], s1 * by_step, rtol=1e-4)
+
+  def loss(s):
+    rounded = lsq(w, s, (-4, 3))
+    return jnp.sum(rounded * cotangent), rounded
+
+  by_step, expected = jax.jit(jax.grad(loss, has_aux=True))(s1)
+  np.testing.assert_allclose(out, expected, rtol=1e-6)
+  np.testing.assert_allclose(gradients["s1"], np.asarray(s1) * np.asarray(by_step), rtol=1e-4)
 
 
 @pytest.mark.parametrize("learned", ["flexround", "adaround"])
@@ -200,22 +230,28 @@ def test_a_shift_of_two_is_found_by_flexround_alone(learned):
   "format", [*FORMATS, IntegerFormat(8), IntegerFormat(8, symmetric=True)], ids=str
 )
 def test_the_search_is_never_worse_than_min_max(format):
-  w = weights().at[0].mul(4)
-  w = w.at[:, 0].set(jnp.abs(w[:, 0]))  # One channel is one-sided.
-  errors = {}
-  for start in ("min_max", "search"):
-    scales, zeros = initial_scales(w, format, start)
+  w = weights()
+  w[0] *= 4
+  w[:, 0] = np.abs(w[:, 0])  # One channel is one-sided.
+
+  @jax.jit
+  def error(scales, zeros):
     codes = rtn.encode(w, scales, zeros, format)
     difference = jnp.abs(rtn.decode(codes, scales, zeros, format) - w) ** NORM
-    errors[start] = rtn.group(difference, format).mean(axis=(1, 3))
+    return rtn.group(difference, format).mean(axis=(1, 3))
+
+  starts = ("min_max", "search")
+  errors = {start: np.asarray(error(*initial_scales(w, format, start))) for start in starts}
   assert np.all(errors["search"] <= errors["min_max"] * (1 + 1e-6))
   if format.bits <= 3:  # Few codes are better spent on a range that leaves the large weights out.
     assert errors["search"].mean() < 0.999 * errors["min_max"].mean()
 
 
-LLAMA = ARCHITECTURES["llama"]
+# All linears have one shape, so that there is one program.
+LLAMA = dataclasses.replace(ARCHITECTURES["llama"], intermediate_size=32)
 RECONSTRUCTION = ReconstructionSettings(num_steps=20, batch_size=2)
 ADAM = optax.adam(5e-3)
+TINY = config.get_config("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -227,21 +263,24 @@ def model():
 def streams(model):
   """(a block's two inputs, its context)."""
   x, context = model.stem(jnp.asarray(random_tokens(LLAMA, 4, 8)))
-  return Streams(x, x + 0.05 * jax.random.normal(jax.random.key(0), x.shape)), context
+  return Streams(x, np.asarray(x) + 0.05 * weights(x.shape)), context
 
 
-def test_blocks_are_streamed_packed_and_compiled_once(model):
-  """Also: the packed block is nearer to the original than rounding to nearest."""
-  settings = FlexRoundSettings(IntegerFormat(3), "min_max")
-  key, compiled = jax.random.key(0), []
+def test_blocks_are_streamed_packed_and_compiled_once():
+  """With the tiny run's settings and model, and so by its programs."""
+  base = base_model(TINY.model)
+  model, tokens = base.model, language_experiment.calibration(TINY, base, 0)
+  settings = FlexRoundSettings(
+    language_experiment.integer_format(TINY, TINY.model_bits), TINY.start
+  )
+  compiled = []
   quantize = functools.partial(
     quantize_block,
     settings=settings,
-    reconstruction=RECONSTRUCTION,
-    optimizer=ADAM,
-    key=key,
+    reconstruction=language_experiment.reconstruction_settings(TINY),
+    optimizer=optimizer_of(TINY.learning_rates.FlexRound[0], TINY.steps),
+    key=jax.random.key(0),
   )
-  tokens = jnp.asarray(random_tokens(LLAMA, 4, 8))
   listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
   blocks = quantize_blocks(model, model.blocks, tokens, quantize, stream="both")
   first = next(blocks)
@@ -277,26 +316,30 @@ def test_learning_never_ends_above_rounding_to_nearest(model, streams, layer_wis
 
 
 def test_activations_learn_their_step_and_are_frozen():
+  run = nnx.jit(lambda layer, x: layer(x))
   layer = nnx.Linear(6, 3, rngs=nnx.Rngs(0))
   format, x = ActivationFormat(4, "per_tensor"), weights((5, 6))
   low, high = x.min(), x.max()
   learned = Layer(LearnedInput(layer, format, low, high))
-  expected = layer(fake_quantize(x, format, low=low, high=high))
-  np.testing.assert_allclose(learned.layer(x), expected, rtol=1e-5, atol=1e-6)
+  rounded = jax.jit(lambda x: fake_quantize(x, format, low=low, high=high))(x)
+  expected = np.asarray(run(layer, rounded))
+  np.testing.assert_allclose(run(learned.layer, x), expected, rtol=1e-5, atol=1e-6)
   learned.layer.log_step[...] = jnp.float32(0.2)
-  output = learned.layer(x)
-  assert float(jnp.abs(output - expected).max()) > 1e-3
+  output = np.asarray(run(learned.layer, x))
+  assert np.abs(output - expected).max() > 1e-3
   freeze_inputs(learned)
-  np.testing.assert_allclose(learned.layer(x), output, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(run(learned.layer, x), output, rtol=1e-5, atol=1e-6)
 
 
 def test_folding_batch_norms_changes_nothing():
   settings = MobileNetConfig(4, 2, (Stage(1, 4, 1, 1), Stage(2, 6, 1, 2)), 8, 1, ("a", "b"))
-  model = nnx.jit(lambda: MobileNet(settings, rngs=nnx.Rngs(0)))()
-  for i, (_, layer) in enumerate(nnx.iter_modules(model)):
-    if isinstance(layer, nnx.BatchNorm):
-      layer.mean[...] = 0.3 * weights(layer.mean.shape, i)
-      layer.var[...] = jnp.exp(weights(layer.var.shape, i))
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: MobileNet(settings, rngs=nnx.Rngs(0))))
+  rng = np.random.default_rng(0)
+  flat = dict(state.flat_state())
+  for path, variable in flat.items():
+    value = np.float32(rng.normal(size=variable.shape))
+    flat[path] = variable.replace(jnp.asarray(np.exp(value) if path[-1] == "var" else value))
+  model = nnx.merge(graphdef, nnx.State.from_flat_path(flat))
   images = weights((2, 8, 8, 1))
   run = nnx.jit(lambda model, images: model(images).logits)
   expected = run(model, images)

@@ -1,5 +1,6 @@
 """LLM-FP4: vectors of the official search, invariants, bad input and the tiny run."""
 
+import dataclasses
 import functools
 import itertools
 import pathlib
@@ -22,6 +23,7 @@ from projects.llm_fp4 import config, experiment, llm_fp4, models, search_result
 from projects.llm_fp4.compile_steps import compile_steps
 from projects.llm_fp4.layers import FPQLinear, fold
 from projects.llm_fp4.llm_fp4 import FPQSettings
+from projects.llm_fp4.methods import fpq_settings
 from projects.llm_fp4.vision_experiment import vit_config
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
@@ -33,7 +35,11 @@ METHODS = {
   "baseline": {"pre_shifted": False},
   "fpq": {},
 }
-SMALL = FPQSettings(grid_size=3, rounds=1, tokens=32)
+# The tiny run's: models of its shapes are searched by its programs.
+TINY = config.get_config("tiny")
+SMALL = fpq_settings(TINY, TINY.bits)
+# Of the layers below; so fine that the search of a few channels ends at a fixed point.
+SETTINGS = FPQSettings(grid_size=9, rounds=9)
 search_linear = jax.jit(llm_fp4.search_linear, static_argnums=3)
 
 
@@ -42,7 +48,37 @@ def layer(seed: int = 0, tokens: int = 24, channels: int = 6, outputs: int = 4):
   rng = np.random.default_rng(seed)
   w = rng.normal(size=(channels, outputs)) / 2
   x = rng.normal(size=(tokens, channels)) * 2.0 ** rng.uniform(-2, 4, channels)
-  return jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)
+  return np.float32(w), np.float32(x)
+
+
+def largest(x: np.ndarray) -> np.ndarray:
+  """max |x| of each channel."""
+  return np.abs(x).max(axis=0)
+
+
+def bias_of(format: FloatFormat, maximum) -> np.ndarray:
+  """`float_format.bias_for` in NumPy: (2 - 2^-m) 2^(2^e - 1 - b) is the maximum."""
+  top = np.log2(2 - 2.0**-format.mantissa_bits) + 2**format.exponent_bits - 1
+  return np.float32(top - np.log2(maximum))
+
+
+@nnx.jit
+def run(module, x):
+  return module(x)
+
+
+def random_module(make):
+  """`make()` with random parameters of NumPy: to compile JAX's takes a second each."""
+  graphdef, state = nnx.split(nnx.eval_shape(make))
+  rng = np.random.default_rng(0)
+  normal = lambda leaf: np.float32(rng.normal(size=leaf.shape) / 8)
+  return committed(nnx.merge(graphdef, jax.tree.map(normal, state)))
+
+
+def committed(module):
+  """The module with its arrays placed as a loaded model's are: it can then share programs."""
+  graphdef, state = nnx.split(module)
+  return nnx.merge(graphdef, jax.device_put(state, jax.devices()[0]))
 
 
 def official_bias(format: FloatFormat, maximum):
@@ -60,7 +96,7 @@ def official_fake_quantize(x, format: FloatFormat, bias):
 
 
 def golden_layer():
-  return jnp.asarray(GOLDEN["weight"]).T, jnp.asarray(GOLDEN["x"]).reshape(-1, 12)
+  return GOLDEN["weight"].T, GOLDEN["x"].reshape(-1, 12)
 
 
 def golden(method, bits, name):
@@ -97,13 +133,17 @@ def test_search_of_the_official_code(method, bits, monkeypatch):
   np.testing.assert_allclose(search.weight_bias, golden(method, bits, "w_bias"), rtol=1e-5)
   rho = golden(method, bits, "a_interval")[0]
   np.testing.assert_allclose(search.tensor_bias, rho, rtol=1e-5)
-  kernel = official_fake_quantize(w, weight_format, search.weight_bias)
-  rounded = official_fake_quantize(x, activation_format, search.activation_bias)
+  kernel, rounded = jax.jit(
+    lambda w, x, search: (
+      official_fake_quantize(w, weight_format, search.weight_bias),
+      official_fake_quantize(x, activation_format, search.activation_bias),
+    )
+  )(w, x, search)
   for found, name in ((kernel.T, "wq"), (rounded, "xq")):
     expected = golden(method, bits, name).reshape(found.shape)
     # Entries on a tie may fall to either side.
     assert (~np.isclose(found, expected, rtol=1e-5, atol=1e-7)).mean() < 0.01
-  mse = float(search.output_error * jnp.mean((x @ w) ** 2))
+  mse = float(search.output_error) * np.mean((x @ w) ** 2)
   assert mse == pytest.approx(float(golden(method, bits, "mse")), rel=1e-3)
 
 
@@ -116,55 +156,63 @@ def test_steps_of_the_official_pre_shifted_search(bits, gamma_index):
   """
   settings = FPQSettings(bits, bits)
   w, x = golden_layer()
-  problem = llm_fp4._problem(w, x, jnp.abs(x).max(axis=0), settings)
-  formats = [[f.mantissa_bits for f in settings.weight_formats].index(int(golden("fpq", bits, k)))
-             for k in ("w_mantissa", "a_mantissa")]  # fmt: skip
-  weight_format, activation_format = map(jnp.int32, formats)
-  channels = problem.channel_bias[activation_format]
-  np.testing.assert_allclose(channels, golden("fpq", bits, "a_bias_channel"), atol=1e-5)
-  tensor_bias = settings.gammas[gamma_index] * problem.tensor_start
-  choice = llm_fp4._Choice(problem.weight_start, weight_format, tensor_bias, activation_format)
-  step = lambda step: jax.jit(lambda p, c: getattr(llm_fp4, step)(p, c, settings))
-  choice = step("_search_weight_bias")(problem, choice)
-  found = choice.weight_bias[weight_format]
+  weight_format, activation_format = (
+    [f.mantissa_bits for f in settings.weight_formats].index(int(golden("fpq", bits, name)))
+    for name in ("w_mantissa", "a_mantissa")
+  )
+
+  @jax.jit
+  def steps(w, x):
+    """The channels' biases, then the choice after each step, the result and the activations."""
+    problem = llm_fp4._problem(w, x, jnp.abs(x).max(axis=0), settings)
+    tensor_bias = settings.gammas[gamma_index] * problem.tensor_start
+    formats = jnp.int32(weight_format), jnp.int32(activation_format)
+    choice = llm_fp4._Choice(problem.weight_start, formats[0], tensor_bias, formats[1])
+    first = llm_fp4._search_weight_bias(problem, choice, settings)
+    second = llm_fp4._search_tensor_bias(problem, first, settings)
+    search = llm_fp4._result(problem, second, settings)
+    rounded = llm_fp4.quantize(x, settings.activation_formats, formats[1], search.activation_bias)
+    return problem.channel_bias, first, second, search, rounded
+
+  channels, first, second, search, rounded = steps(w, x)
+  found = channels[activation_format]
+  np.testing.assert_allclose(found, golden("fpq", bits, "a_bias_channel"), atol=1e-5)
+  found = first.weight_bias[weight_format]
   np.testing.assert_allclose(found, golden("fpq", bits, "w_bias"), rtol=1e-5)
-  choice = step("_search_tensor_bias")(problem, choice)
-  rho = choice.tensor_bias[activation_format]
+  rho = second.tensor_bias[activation_format]
   np.testing.assert_allclose(rho, golden("fpq", bits, "a_interval")[0], rtol=1e-5)
-  search = llm_fp4._result(problem, choice, settings)
-  rounded = llm_fp4.quantize(
-    x, settings.activation_formats, activation_format, search.activation_bias
-  )
   expected = golden("fpq", bits, "xq").reshape(x.shape)
-  largest = float_format.max_value(
-    settings.activation_formats[int(activation_format)], search.activation_bias
-  )
-  inside = np.asarray(jnp.abs(x) <= largest)
+  format, bias = settings.activation_formats[activation_format], np.asarray(search.activation_bias)
+  top = (2 - 2.0**-format.mantissa_bits) * 2.0 ** (2**format.exponent_bits - 1 - bias)
+  inside = np.abs(x) <= top
   assert (~np.isclose(rounded, expected, rtol=1e-5, atol=1e-7))[inside].mean() < 0.01
 
 
 def test_the_whole_search_is_no_worse_than_the_official_one():
   w, x = golden_layer()
-  search = search_linear(w, x, jnp.abs(x).max(axis=0), FPQSettings())
-  assert float(search.output_error * jnp.mean((x @ w) ** 2)) <= golden("fpq", 4, "mse")
+  search = search_linear(w, x, largest(x), FPQSettings())
+  assert float(search.output_error) * np.mean((x @ w) ** 2) <= golden("fpq", 4, "mse")
 
 
-def values_of(format: FloatFormat, bias: float) -> np.ndarray:
-  codes = jnp.arange(2**format.bits).astype(format.dtype)
-  return np.unique(np.asarray(float_format.decode(codes, format, bias)))
+@functools.partial(jax.jit, static_argnums=0)
+def decode_every_code(formats, biases):
+  """The values of each format's codes with its bias."""
+  codes = [jnp.arange(2**format.bits).astype(format.dtype) for format in formats]
+  return [float_format.decode(*each) for each in zip(codes, formats, biases)]
 
 
 def test_values_of_the_four_bit_formats():
-  e3m0, e2m1, e1m2 = llm_fp4.float_formats(4)
-  positive = lambda f, b: values_of(f, b)[values_of(f, b) > 0]
-  np.testing.assert_array_equal(positive(e2m1, 1.0), [0.5, 1, 1.5, 2, 3, 4, 6])
+  formats = [f for bits in llm_fp4.MANTISSA_BITS for f in llm_fp4.float_formats(bits)]
+  biases = [2.0, 1.0, 0.0] + [1.0] * (len(formats) - 3)
+  values = [np.unique(v) for v in decode_every_code(tuple(formats), biases)]
+  assert all(len(v) <= 2**format.bits - 1 for v, format in zip(values, formats))
+  assert [f.bits for f in formats] == [4] * 3 + [6] * 5 + [8] * 5
+  e3m0, e2m1, e1m2 = (v[v > 0] for v in values[:3])
+  np.testing.assert_array_equal(e2m1, [0.5, 1, 1.5, 2, 3, 4, 6])
   codes = np.arange(8, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-  np.testing.assert_array_equal(positive(e2m1, 1.0), codes[codes > 0])
-  np.testing.assert_array_equal(positive(e1m2, 0.0), np.arange(1, 8) / 2)
-  np.testing.assert_array_equal(positive(e3m0, 2.0), 2.0 ** np.arange(-1, 6))
-  for bits in llm_fp4.MANTISSA_BITS:
-    for format in llm_fp4.float_formats(bits):
-      assert format.bits == bits and len(values_of(format, 1.0)) <= 2**bits - 1
+  np.testing.assert_array_equal(e2m1, codes[codes > 0])
+  np.testing.assert_array_equal(e1m2, np.arange(1, 8) / 2)
+  np.testing.assert_array_equal(e3m0, 2.0 ** np.arange(-1, 6))
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -175,121 +223,123 @@ def quantize(x, bits, index, bias):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_quantizer(bits):
   """Every format through one program: as in common, idempotent, odd, monotone, shift identity."""
-  x = jnp.sort(jnp.asarray(np.random.default_rng(0).normal(size=200) * 4, jnp.float32))
-  for index, format in enumerate(llm_fp4.float_formats(bits)):
-    bias = float(float_format.bias_for(format, jnp.float32(3.0)))
-    found = quantize(x, bits, index, bias)
-    np.testing.assert_allclose(found, float_format.fake_quantize(x, format, bias), rtol=1e-6)
+  x = np.float32(np.sort(np.random.default_rng(0).normal(size=200) * 4))
+  formats = llm_fp4.float_formats(bits)
+  biases = [float(bias_of(format, 3.0)) for format in formats]
+  expected = jax.jit(
+    lambda x, biases: [float_format.fake_quantize(x, *each) for each in zip(formats, biases)]
+  )(x, biases)
+  for index, bias in enumerate(biases):
+    found = np.asarray(quantize(x, bits, index, bias))
+    np.testing.assert_allclose(found, expected[index], rtol=1e-6)
     np.testing.assert_allclose(quantize(found, bits, index, bias), found, rtol=1e-6)
     np.testing.assert_array_equal(quantize(-x, bits, index, bias), -found)
-    assert (jnp.diff(found) >= -1e-6).all()
-    assert float(jnp.abs(found).max()) == pytest.approx(3.0, rel=1e-6)
+    assert (np.diff(found) >= -1e-6).all()
+    assert float(np.abs(found).max()) == pytest.approx(3.0, rel=1e-6)
     for k in (-2, 3):
-      shifted = quantize(jnp.ldexp(x, k), bits, index, bias - k)
-      np.testing.assert_allclose(jnp.ldexp(shifted, -k), found, rtol=1e-5, atol=1e-6)
+      shifted = quantize(np.ldexp(x, k), bits, index, bias - k)
+      np.testing.assert_allclose(np.ldexp(shifted, -k), found, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rounding", ["separate", "difference"])
 def test_offsets(rounding):
   settings = FPQSettings(offset_rounding=rounding)
-  channels = jnp.array([-1.4, 0.2, 0.7, 1.6, 9.0])
+  channels = np.float32([-1.4, 0.2, 0.7, 1.6, 9.0])
   rho = channels.min()
-  found = np.asarray(llm_fp4.exponent_offsets(channels, rho, 3.0, settings))
+  offsets = jax.jit(lambda channels, rho: llm_fp4.exponent_offsets(channels, rho, 3.0, settings))
+  found = np.asarray(offsets(channels, rho))
   by_hand = {"separate": [0, 1, 2, 3, 3], "difference": [0, 2, 2, 3, 3]}
   np.testing.assert_array_equal(found, by_hand[rounding])
   for gamma in (0.1, 0.7, 1.2):
-    o = np.asarray(llm_fp4.exponent_offsets(channels, gamma * rho, 3.0, settings))
+    o = np.asarray(offsets(channels, np.float32(gamma) * rho))
     assert ((0 <= o) & (o <= 3) & (o == np.round(o))).all()
 
 
 def test_candidates_on_either_grid():
-  start = jnp.array([[2.0, -1.0], [0.5, 3.0]])  # [formats, channels]
+  start = np.float32([[2.0, -1.0], [0.5, 3.0]])  # [formats, channels]
   gammas = 0.01 + np.arange(100) * 1.19 / 100
   assert gammas[-1] < 1.2 and len(FPQSettings().gammas) == 100
-  on_bias = llm_fp4.candidate_biases(start, FPQSettings())
+  candidates = jax.jit(llm_fp4.candidate_biases, static_argnums=1)
+  on_bias = candidates(start, FPQSettings())
   np.testing.assert_allclose(on_bias, gammas[:, None] * start[:, None], rtol=1e-5, atol=1e-6)
-  on_maximum = llm_fp4.candidate_biases(start, FPQSettings(param="maxval_gamma"))
-  e2m1 = FloatFormat(2, 1)
-  expected = gammas[:, None] * float_format.max_value(e2m1, start)[:, None]
-  np.testing.assert_allclose(float_format.max_value(e2m1, on_maximum), expected, rtol=1e-4)
+  on_maximum = np.asarray(candidates(start, FPQSettings(param="maxval_gamma")))
+  e2m1_max = lambda bias: 1.5 * 2.0 ** (3 - bias)
+  np.testing.assert_allclose(
+    e2m1_max(on_maximum), gammas[:, None] * e2m1_max(start)[:, None], rtol=1e-4
+  )
 
 
 def test_search_against_trying_everything():
   """The last steps' choices are the best of all formats and gammas, tried one by one."""
-  settings = FPQSettings(grid_size=9, rounds=9)
   w, x = layer()
-  x_max = jnp.abs(x).max(axis=0)
-  search = search_linear(w, x, x_max, settings)
+  x_max = largest(x)
+  search = search_linear(w, x, x_max, SETTINGS)
   x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
   y = x64 @ w64
   formats = llm_fp4.float_formats(4)
   gammas = 0.01 + np.arange(9) * 1.19 / 9
-  rounded = lambda a, f, b: np.asarray(
-    float_format.fake_quantize(a, f, jnp.asarray(b, jnp.float32)), np.float64
-  )
+  rounded = lambda a, i, b: np.asarray(quantize(a, 4, i, np.float32(b)), np.float64)
   best = {}
-  xq = rounded(x, formats[int(search.activation_format)], search.activation_bias)
+  xq = rounded(x, int(search.activation_format), search.activation_bias)
   for i, format in enumerate(formats):
-    start = np.asarray(float_format.bias_for(format, jnp.abs(w).max(axis=0)))
-    tried = [((y - xq @ rounded(w, format, g * start)) ** 2).mean(axis=0) for g in gammas]
+    start = bias_of(format, largest(w))
+    tried = [((y - xq @ rounded(w, i, g * start)) ** 2).mean(axis=0) for g in gammas]
     best[i] = np.min(tried, axis=0)
   # A fixed point: the weights are the best of all for the activations that were found.
   total = {i: losses.mean() for i, losses in best.items()}
   assert min(total, key=total.get) == int(search.weight_format)
-  wq = np.asarray(llm_fp4.quantized_kernel(w, search, settings), np.float64)
+  wq = rounded(w, int(search.weight_format), search.weight_bias)
   np.testing.assert_allclose(((y - xq @ wq) ** 2).mean(axis=0), best[int(search.weight_format)],
                              rtol=1e-4)  # fmt: skip
   found = float(search.output_error) * (y**2).mean()
-  for format, g in itertools.product(formats, gammas):
-    channel = np.asarray(float_format.bias_for(format, x_max))
+  for (i, format), g in itertools.product(enumerate(formats), gammas):
+    channel = bias_of(format, x_max)
     rho = g * channel.min()
     low = np.round(rho)
-    largest = low + 2**format.exponent_bits - 1
-    offsets = np.clip(np.round(channel), low, largest) - low
-    tried = ((y - rounded(x, format, rho + offsets) @ wq) ** 2).mean()
+    high = low + 2**format.exponent_bits - 1
+    offsets = np.clip(np.round(channel), low, high) - low
+    tried = ((y - rounded(x, i, rho + offsets) @ wq) ** 2).mean()
     assert found <= tried * (1 + 1e-4), (format, g)
 
 
 def test_gamma_1_and_a_fixed_format_are_min_max():
   w, x = layer()
-  search = search_linear(w, x, jnp.abs(x).max(axis=0), FPQSettings(**METHODS["minmax"]))
+  search = search_linear(w, x, largest(x), FPQSettings(**METHODS["minmax"]))
   e2m1 = FloatFormat(2, 1)
-  np.testing.assert_allclose(
-    search.weight_bias, float_format.bias_for(e2m1, jnp.abs(w).max(axis=0)), rtol=1e-6
-  )
-  np.testing.assert_allclose(
-    search.activation_bias, float_format.bias_for(e2m1, jnp.abs(x).max()), rtol=1e-6
-  )
+  np.testing.assert_allclose(search.weight_bias, bias_of(e2m1, largest(w)), rtol=1e-6)
+  np.testing.assert_allclose(search.activation_bias, bias_of(e2m1, np.abs(x).max()), rtol=1e-6)
 
 
 def linear_of(w) -> nnx.Linear:
-  linear = nnx.Linear(*w.shape, rngs=nnx.Rngs(0))
-  linear.kernel[...], linear.bias[...] = w, jnp.arange(float(w.shape[1]))
+  linear = nnx.eval_shape(lambda: nnx.Linear(*w.shape, rngs=nnx.Rngs(0)))
+  linear.kernel = nnx.Param(jnp.asarray(w))
+  linear.bias = nnx.Param(jnp.asarray(np.arange(w.shape[1], dtype=np.float32)))
   return linear
 
 
 @pytest.mark.parametrize("how", ["exact", "requantize"])
 def test_folded_layer_equals_the_simulated_one(how):
-  settings = FPQSettings(grid_size=5, fold=how)
+  settings = dataclasses.replace(SETTINGS, fold=how)
   w, x = layer()
-  search = search_linear(w, x, jnp.abs(x).max(axis=0), settings)
-  assert int(search.offsets.max()) > 0
+  search = search_linear(w, x, largest(x), settings)
+  assert np.max(search.offsets) > 0
   linear = linear_of(w)
   simulated, folded = FPQLinear(linear, search, settings), fold(linear, search, settings)
-  assert folded.values[...].dtype == jnp.uint4 and folded.encode_input(x).dtype == jnp.uint4
+  codes = jax.eval_shape(folded.encode_input, x)
+  assert folded.values[...].dtype == codes.dtype == jnp.uint4
+  expected, product = np.asarray(run(simulated, x)), x @ w
   # Float32 sums of a few terms as large as the outputs.
-  scale = float(jnp.abs(simulated(x)).max())
-  np.testing.assert_allclose(folded(x), simulated(x), atol=2e-6 * scale)
-  error = float(jnp.sum((simulated(x) - linear(x)) ** 2) / jnp.sum((x @ w) ** 2))
+  np.testing.assert_allclose(run(folded, x), expected, atol=2e-6 * np.abs(expected).max())
+  error = np.sum((expected - np.asarray(linear.bias[...]) - product) ** 2) / np.sum(product**2)
   assert error == pytest.approx(float(search.output_error), rel=1e-3)
 
 
 def test_channels_of_zeros_stay_zeros():
   w, x = layer()
-  w, x = w.at[:, 1].set(0), x.at[:, 2].set(0)
-  search = search_linear(w, x, jnp.abs(x).max(axis=0), FPQSettings(grid_size=5))
+  w[:, 1], x[:, 2] = 0, 0
+  search = search_linear(w, x, largest(x), SETTINGS)
   assert all(np.isfinite(value).all() for value in search)
-  y = FPQLinear(linear_of(w), search, FPQSettings(grid_size=5))(x)
+  y = np.asarray(run(FPQLinear(linear_of(w), search, SETTINGS), x))
   assert np.isfinite(y).all() and (y[:, 1] == 1).all()
 
 
@@ -299,18 +349,21 @@ def test_table_search_is_the_best_of_all():
     table, 4, FPQSettings(grid_size=7)
   )
   assert errors.shape == (3, 7)
-  rounded = llm_fp4.quantize(table, llm_fp4.float_formats(4), index, bias)
-  assert float(jnp.mean((table - rounded) ** 2)) == pytest.approx(float(errors.min()), rel=1e-5)
+  rounded = np.asarray(quantize(table, 4, index, bias))
+  assert np.mean((table - rounded) ** 2) == pytest.approx(float(errors.min()), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
 def model():
-  return random_decoder(ARCHITECTURES["qwen2, grouped-query"])  # Biases; a tied head.
+  # Biases and a tied head, in the sizes of the tiny run's model.
+  sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+  architecture = ARCHITECTURES["qwen2, grouped-query"]
+  return committed(random_decoder(dataclasses.replace(architecture, num_kv_heads=4, **sizes)))
 
 
 @pytest.fixture(scope="module")
 def tokens(model):
-  return jnp.asarray(random_tokens(model.config, 3, 16))
+  return jnp.asarray(random_tokens(model.config, 4, 32))
 
 
 @pytest.fixture(scope="module")
@@ -352,23 +405,25 @@ def test_a_saved_search_is_the_same_search(found, tmp_path):
 
 def test_encoder_and_vision_classifiers_have_their_heads_quantized():
   """And padding is not calibrated on: another token there changes nothing."""
+  # Sizes and rows as of the tiny run's model: one program for all linears of a shape.
+  vision = vit_config(64)
   settings = EncoderConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=1, num_heads=4,
-    max_position_embeddings=16, pooler=True, head="sequence", labels=("a", "b"),
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=4,
+    max_position_embeddings=16, pooler=True, head="sequence", labels=vision.labels,
   )  # fmt: skip
-  encoder = nnx.jit(lambda: Encoder(settings, rngs=nnx.Rngs(0)))()
-  tokens = jnp.asarray(random_tokens(encoder.config, 3, 16))
-  segment_ids = jnp.ones_like(tokens).at[1, 10:].set(0)
+  encoder = random_module(lambda: Encoder(settings, rngs=nnx.Rngs(0)))
+  tokens = jnp.asarray(random_tokens(encoder.config, SMALL.tokens, 4))
+  segment_ids = jnp.ones_like(tokens).at[1, 2:].set(0)
   search = functools.partial(models.search_model, encoder, settings=SMALL, embedding_bits=4)
   first = search(tokens, segment_ids=segment_ids)
-  second = search(tokens.at[1, 12].set(5), segment_ids=segment_ids)
+  second = search(tokens.at[1, 3].set(5), segment_ids=segment_ids)
   assert {"pooler", "sequence_classifier"} < set(first.linears)
   jax.tree.map(np.testing.assert_array_equal, first, second)
-  vit = nnx.jit(lambda: VisionTransformer(vit_config(32), rngs=nnx.Rngs(0)))()
-  images = jax.random.normal(jax.random.key(0), (3, 8, 8, 1))
+  vit = random_module(lambda: VisionTransformer(vision, rngs=nnx.Rngs(0)))
+  images = np.float32(np.random.default_rng(0).normal(size=(SMALL.tokens, 8, 8, 1)))
   quantized = models.fpq(vit, images, SMALL, embedding_bits=None)
   assert linear_paths(quantized) == [] and isinstance(quantized.classifier, FPQLinear)
-  assert np.isfinite(nnx.jit(lambda model, x: model(x).logits)(quantized, images)).all()
+  assert np.isfinite(run(quantized, images).logits).all()
 
 
 @pytest.mark.parametrize(
@@ -395,7 +450,7 @@ def test_bad_models_and_searches_are_refused(model, tokens, found):
   with pytest.raises(UserError, match="a Linear is not supported; expected a decoder"):
     models.search_model(linear_of(jnp.ones((2, 2))), tokens, SMALL, embedding_bits=4)
   wrong = {"blocks.0.mlp.gone": found.linears["lm_head"]}
-  with pytest.raises(UserError, match="of blocks.0.mlp.gone, 32 x 64, is not of this model"):
+  with pytest.raises(UserError, match="of blocks.0.mlp.gone, 64 x 512, is not of this model"):
     models.apply_search(nnx.clone(model), wrong, SMALL)
   options = config.get_config("tiny")
   options.model, options.vision_epochs = "", 0
@@ -404,8 +459,8 @@ def test_bad_models_and_searches_are_refused(model, tokens, found):
 
 
 def test_metrics():
-  y = jnp.asarray(np.random.default_rng(0).normal(size=(50, 3)), jnp.float32)
-  other = y + 0.1 * jnp.asarray(np.random.default_rng(1).normal(size=(50, 3)), jnp.float32)
+  y = np.float32(np.random.default_rng(0).normal(size=(50, 3)))
+  other = np.float32(y + 0.1 * np.random.default_rng(1).normal(size=(50, 3)))
   a, b = np.asarray(y, np.float64), np.asarray(other, np.float64)
   expected = {
     "l2": ((a - b) ** 2).mean(axis=0),
@@ -413,8 +468,11 @@ def test_metrics():
     "cosine": [1 - p @ q / np.linalg.norm(p) / np.linalg.norm(q) for p, q in zip(a.T, b.T)],
     "pearson": [1 - np.corrcoef(p, q)[0, 1] for p, q in zip(a.T, b.T)],
   }
-  for name, metric in llm_fp4.METRICS.items():
-    np.testing.assert_allclose(metric(y, other), expected[name], rtol=1e-2, atol=1e-6)
+  found = jax.jit(lambda *pair: {name: metric(*pair) for name, metric in llm_fp4.METRICS.items()})(
+    y, other
+  )
+  for name, values in found.items():
+    np.testing.assert_allclose(values, expected[name], rtol=1e-2, atol=1e-6)
 
 
 def test_tiny_run(tmp_path):

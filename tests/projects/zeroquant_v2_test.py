@@ -34,6 +34,7 @@ from projects.zeroquant_v2.zeroquant_v2 import (
 )
 
 fake_quantize = jax.jit(fake_quantize_weight, static_argnums=(1, 2))
+run = nnx.jit(lambda layer, x: layer(x))
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -98,20 +99,20 @@ def test_deepspeed_quantizers(bits, symmetric):
     assert (difference > 1e-4 * step).sum() <= 1 and (difference <= 1.001 * step).all()
     # The standard rule divides by one level less.
     levels = 2 ** (bits - 1) if symmetric else 2**bits
-    np.testing.assert_allclose(standard[groups][0] * (levels - 1) / levels, step, rtol=1e-6)
+    found = np.asarray(standard[groups])[0] * (levels - 1) / levels
+    np.testing.assert_allclose(found, step, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale_rule", ["standard", "deepspeed"])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_packed_equals_fake_quantized(scale_rule, symmetric, error):
   format = IntegerFormat(3, 8, symmetric=symmetric, scale_dtype=jnp.float16)
-  packed = quantize_weight(jnp.asarray(error), format, scale_rule)
-  expected = fake_quantize_weight(jnp.asarray(error), format, scale_rule)
-  np.testing.assert_array_equal(packed.dequantize(), expected)
+  packed = jax.jit(lambda w: quantize_weight(w, format, scale_rule).dequantize())
+  np.testing.assert_array_equal(packed(error), fake_quantize(error, format, scale_rule))
 
 
 def test_a_block_as_long_as_the_row_is_a_row_and_smaller_blocks_round_better(error):
-  w = jnp.asarray(np.random.default_rng(1).normal(size=(64, 48)), jnp.float32)
+  w = np.float32(np.random.default_rng(1).normal(size=(64, 48)))
   rounded = lambda size: np.asarray(fake_quantize(w, IntegerFormat(3, size)))
   np.testing.assert_array_equal(rounded(64), rounded(-1))
   errors = [np.square(rounded(size) - w).mean() for size in (64, 32, 16, 8)]
@@ -120,7 +121,7 @@ def test_a_block_as_long_as_the_row_is_a_row_and_smaller_blocks_round_better(err
 
 @pytest.mark.parametrize("factor", [0.125, 3.7])
 def test_rounding_to_nearest_is_scale_equivariant(factor, error):
-  rounded = lambda w: np.asarray(fake_quantize(jnp.asarray(w), IntegerFormat(4)))
+  rounded = lambda w: np.asarray(fake_quantize(w, IntegerFormat(4)))
   # A power of two exactly; otherwise a weight next to a tie may go either way.
   apart = ~np.isclose(rounded(np.float32(factor) * error), factor * rounded(error), rtol=1e-5)
   assert apart.mean() <= (0 if factor == 0.125 else 0.01)
@@ -128,14 +129,15 @@ def test_rounding_to_nearest_is_scale_equivariant(factor, error):
 
 def test_gptq_with_an_identity_hessian_is_rounding_to_nearest():
   # Every column has weights of both signs, so that the ranges agree.
-  w = jax.random.normal(jax.random.key(0), (64, 64))
-  found = gptq(w, jnp.eye(64), FORMAT, damping=jnp.float32(0.01)).dequantize()
+  w = np.float32(np.random.default_rng(0).normal(size=(64, 64)))
+  identity = np.eye(64, dtype=np.float32)
+  found = gptq(w, identity, FORMAT, damping=jnp.float32(0.01)).dequantize()
   np.testing.assert_array_equal(found, fake_quantize(w, FORMAT))
 
 
 def test_the_learning_rate_as_a_factor_is_adam_with_that_rate():
   """Against Adam on the weights themselves: the units of `change` do not matter."""
-  target, rate, steps = jnp.linspace(-1.0, 1.0, 6), 1e-2, 5
+  target, rate, steps = np.linspace(-1, 1, 6, dtype=np.float32), 1e-2, 5
   loss = lambda w: jnp.sum((w - target) ** 4)
 
   def descend(optimizer, function):
@@ -146,8 +148,12 @@ def test_the_learning_rate_as_a_factor_is_adam_with_that_rate():
       w = w + updates
     return w
 
-  plain = descend(optax.adam(optax.linear_schedule(rate, 0.0, steps), eps=1e-12 / rate), loss)
-  scaled = rate * descend(optimizer_of(steps), lambda change: loss(rate * change))
+  @jax.jit
+  def both():
+    plain = descend(optax.adam(optax.linear_schedule(rate, 0.0, steps), eps=1e-12 / rate), loss)
+    return plain, rate * descend(optimizer_of(steps), lambda change: loss(rate * change))
+
+  plain, scaled = both()
   np.testing.assert_allclose(scaled, plain, rtol=1e-5)
 
 
@@ -165,13 +171,13 @@ def test_distillation_keeps_the_best_rate_and_never_loses_to_rounding(block, ste
   settings = dataclasses.replace(SETTINGS, method="ZQ-Global", learning_rates=(1e3, 1e-3))
   targets = run_block(block, x, context)
   weights, errors = distill(block, x, targets, context, jax.random.key(0), settings)
-  rtn_error, huge, small = errors
+  rtn_error, huge, small = np.asarray(errors)
   # The huge rate ends above rounding to nearest, and counts as not run.
   assert small < 0.9 * rtn_error and huge == rtn_error
   changed = nnx.clone(block)
   set_kernels(changed, evaluation.dense_kernels(weights, {}))
   quantize_inputs(changed, list(weights), settings.activations)
-  found = jnp.mean((run_block(changed, x, context) - targets) ** 2)
+  found = np.mean((np.asarray(run_block(changed, x, context)) - targets) ** 2)
   np.testing.assert_allclose(found, small, rtol=1e-3)  # Sums in other batches.
 
 
@@ -193,9 +199,11 @@ def test_a_block_at_a_time(method, base, block, stem):
     assert isinstance(layer, CompensatedLinear)
     if path not in ("attention.o_proj", "mlp.down_proj"):
       continue
-    features = jnp.ones((3, weight.shape[0])).at[0, 0].set(-2.0)
-    expected = features @ (weight.dequantize() + factors[path].product())
-    np.testing.assert_allclose(layer(features), expected, rtol=1e-4, atol=1e-4)
+    features = np.ones((3, weight.shape[0]), np.float32)
+    features[0, 0] = -2
+    correction = np.float32(factors[path].a) @ np.float32(factors[path].b)
+    expected = features @ (np.asarray(weight.dequantize()) + correction)
+    np.testing.assert_allclose(run(layer, features), expected, rtol=1e-4, atol=1e-4)
   assert len(quantized_weights(corrected)) == 7
 
 
@@ -226,9 +234,10 @@ def test_rank_zero_and_full_rank(base):
   none = evaluation.dense_kernels(weights, compensate(kernels, weights, 0))
   for path in kernels:
     np.testing.assert_array_equal(none[path], plain[path])
-  full = low_rank.low_rank(kernels["mlp.up_proj"] - plain["mlp.up_proj"], 64).product()
+  original, rounded = np.asarray(kernels["mlp.up_proj"]), np.asarray(plain["mlp.up_proj"])
+  full = jax.jit(lambda error: low_rank.low_rank(error, 64).product())(original - rounded)
   # float32 SVD.
-  np.testing.assert_allclose(plain["mlp.up_proj"] + full, kernels["mlp.up_proj"], atol=1e-5)
+  np.testing.assert_allclose(rounded + full, original, atol=1e-5)
 
 
 @pytest.mark.parametrize(
