@@ -1,9 +1,10 @@
 """The weight-only products that are counted on TPU: shapes, arguments, and how often regions run."""
 
+from benchmarks.kernels.tpu_schedule import on_chip  # isort: skip
+
 import jax
 import jax.numpy as jnp
 
-from common.compilation.topology import CHIPS
 from kernels.quantized_matmul import tpu_operands
 from kernels.quantized_matmul.packing import pack, packed_dtype
 
@@ -49,9 +50,6 @@ def packed_bytes(arrays, bits) -> float:
 
 def regions(chip, shape, bits) -> list[int]:
   """How often one core splits activations, starts a sum and ends it (the kernels' `_kernel`)."""
-  cores, columns, blocks = tpu_operands.grid(shape, 128, bits)
-  # A core alone does both halves of the columns, and splits the activations for each.
-  halves = 1 if CHIPS[chip].two_cores else cores
-  if blocks == 1:
-    return [halves]
-  return [halves * blocks, halves * columns, halves * columns]
+  with on_chip(chip):
+    _, columns, blocks = tpu_operands.grid(shape, 128, bits)
+  return [1] if blocks == 1 else [blocks, columns, columns]

@@ -70,8 +70,7 @@ def schedule(
   where = SingleDeviceSharding(device)
   arguments = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for s in shapes]
   _clear()
-  # Kernels ask what they are traced for.
-  with jax.sharding.use_abstract_mesh(Mesh([device], ("chip",)).abstract_mesh):
+  with on_chip(chip):
     lowered = jax.jit(function).lower(*arguments)
   compiled, text = compile_lowered(lowered)
   cycles = {}
@@ -87,6 +86,12 @@ def schedule(
   memory = compiled.memory_analysis()
   passed = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return cycles, max(cost(text).hbm_bytes, passed)
+
+
+def on_chip(chip: str):
+  """A context in which kernels, which ask what they are traced for, see this chip."""
+  device = tpu_slice(SLICES[chip]).devices[0]
+  return jax.sharding.use_abstract_mesh(Mesh([device], ("chip",)).abstract_mesh)
 
 
 def _clear() -> None:

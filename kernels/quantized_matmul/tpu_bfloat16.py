@@ -62,7 +62,12 @@ def quantized_matmul(
   sizes = {"bits": bits, "inputs": inputs, "group": summed, "rows": padded, "out_rows": padded}
   w = weights(values, scales, zero_points, **sizes)
   in_mantissas = bits < 8 and not converts_integers()
-  reorders = in_mantissas or bits == 2
+  # Unpacking 3 bits keeps a v6e's vector unit busy, which would combine x's tiles for each product.
+  prepares = in_mantissas or bits in (2, 3)
+  # There it is words, whose tiles are whole registers; those of x's bfloat16 are halves.
+  ordered, ordered_type = (
+    ((padded, w.block), x.dtype) if in_mantissas else ((padded // 2, w.block), jnp.int32)
+  )
   out = pl.pallas_call(
     functools.partial(_kernel, bits=bits, in_mantissas=in_mantissas, inputs=w.block, summed=summed),
     grid=w.grid,
@@ -74,7 +79,7 @@ def quantized_matmul(
       "total": pltpu.VMEM((padded, w.block_columns), jnp.float32),
       "float_scales": pltpu.VMEM((groups, w.block_columns), jnp.float32),
       "sums": pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
-      "ordered": pltpu.VMEM((w.grid[2], padded, w.block), x.dtype) if reorders else None,
+      "ordered": pltpu.VMEM((w.grid[2], *ordered), ordered_type) if prepares else None,
     },
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
@@ -126,8 +131,10 @@ def _kernel(
       if ordered is not None:
         order = _order(bits, in_mantissas=in_mantissas)
         for at in chunks:
-          in_order = jnp.dot(x_at(at, LANES), order, preferred_element_type=jnp.float32)
-          ordered[block, :, at : at + LANES] = in_order.astype(x.dtype)
+          in_order = x_at(at, LANES)
+          if order is not None:
+            in_order = jnp.dot(in_order, order, preferred_element_type=jnp.float32).astype(x.dtype)
+          ordered[block, :, at : at + LANES] = pltpu.bitcast(in_order, ordered.dtype)
       if has_offsets:
         is_group = jnp.concatenate([lane == group_at(at) for at in chunks]).astype(x.dtype)
         of_group = x_at(start, len(is_group))
@@ -144,7 +151,10 @@ def _kernel(
     chunks = range(at, at + summed, LANES)
     unpack = _in_mantissas if in_mantissas else _converted
     codes = [unpack(values, j, bits, signed=signed) for j in chunks]
-    in_order = x_at(at, summed) if ordered is None else ordered[block, :, at : at + summed]
+    if ordered is None:
+      in_order = x_at(at, summed)
+    else:
+      in_order = pltpu.bitcast(ordered[block, :, at : at + summed], x.dtype)
     product = jnp.dot(in_order, jnp.concatenate(codes), preferred_element_type=jnp.float32)
     part += product * float_scales[pl.ds(group_at(at), 1)]
   total[...] = part
@@ -217,8 +227,10 @@ def _words(values, at: int, bits: int) -> list[tuple[Array, int]]:
   return [(words, first + byte) for words, first in of_bytes for byte in (0, 8)]
 
 
-def _order(bits: int, *, in_mantissas: bool) -> Array:
-  """The permutation bfloat16 [128, 128] that puts inputs in the order of the unpacked codes."""
+def _order(bits: int, *, in_mantissas: bool) -> Array | None:
+  """The permutation bfloat16 [128, 128] into the order of the codes, or None if it is x's."""
+  if not in_mantissas and bits != 2:
+    return None
   source, target = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
   half = target & 1
   if not in_mantissas:  # The first of all pairs of 2-bit codes, then the second.
