@@ -13,12 +13,13 @@ import jax  # noqa: E402
 # XLA's older emitters of fused loops, a module at a time: the tests compile far more than they run,
 # and so it takes a quarter of the CPU time. XLA reads its flags at the first compilation, libtpu, which
 # ends the process at one that it does not know, later.
-_flags = os.environ["XLA_FLAGS"]
-os.environ["XLA_FLAGS"] += (
-  " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+_users_flags = os.environ["XLA_FLAGS"]
+_flags = (
+  f"{_users_flags} --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
-jax.jit(lambda x: x + 1)(0)
 os.environ["XLA_FLAGS"] = _flags
+jax.jit(lambda x: x + 1)(0)
+os.environ["XLA_FLAGS"] = _users_flags
 
 # An example may compile, and how long that takes depends on what else the machine does.
 hypothesis.settings.register_profile("no deadline", deadline=None)
@@ -42,3 +43,9 @@ def quick_compilation():
   jax.config.update("jax_disable_most_optimizations", True)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def same_compiler():
+  """The environment in which another process computes the same bits as this one."""
+  return os.environ | {"XLA_FLAGS": _flags}

@@ -53,7 +53,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def processes(tmp_path_factory):
+def processes(tmp_path_factory, same_compiler):
   """Starts the program once for each of KILLS and STOPS; they run beside the other tests."""
   started = {}
   for case in KILLS + STOPS:
@@ -61,7 +61,9 @@ def processes(tmp_path_factory):
     args = [sys.executable, "-m", tiny_run.__name__, workdir, *map(str, case)]
     started[case] = (
       workdir,
-      subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
+      subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=same_compiler
+      ),
     )
   yield started
   for _, process in started.values():
