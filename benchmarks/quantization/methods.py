@@ -298,12 +298,13 @@ def make_report(results: dict, bounds: dict[str, float], out: pathlib.Path):
   ):
     series = {s: [value(results[s][n]) for n in names] for s in weight_only}
     path = out / f"{key}.png"
-    plots.bar_plot(path, names, series, ylabel=label, log=log)
+    plots.bar_plot(path, names, series, ylabel=label.replace("above ", "above\n"), log=log)
     plots_made.append(Figure(label, path.name, f"{label} by method and bits; lower is better"))
   names = list(results["W4A4"])
   path = out / "w4a4.png"
   label = "perplexity above full precision"
-  plots.bar_plot(path, names, {"W4A4": [above(results["W4A4"][n]) for n in names]}, ylabel=label)
+  heights = [above(results["W4A4"][n]) for n in names]
+  plots.bar_plot(path, names, {"W4A4": heights}, ylabel=label.replace("above ", "above\n"))
   plots_made.append(Figure("W4A4", path.name, f"{label}; weights and activations of 4 bits"))
   report = Report(tables, plots_made, (), "quantization methods", "", {}, environment())
   write_report(report, out)
