@@ -11,7 +11,7 @@ cli.prepare_jax()
 import jax  # noqa: E402
 
 # XLA's older emitters of fused loops, a module at a time: the tests compile far more than they run,
-# and so it takes a quarter of the CPU time. XLA reads its flags at the first compilation, libtpu, which
+# and these compile in a fraction of the time. XLA reads its flags at the first compilation, libtpu, which
 # ends the process at one that it does not know, later.
 _users_flags = os.environ["XLA_FLAGS"]
 _flags = (

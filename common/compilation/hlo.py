@@ -135,7 +135,7 @@ class _Reader:
       elif opcode == "custom-call":
         self.flops += times * sum(map(float, _FLOPS.findall(instruction.attributes)))
       if opcode.removesuffix("-start") in COLLECTIVES:
-        self._add_collective(instruction, computation, name, times)
+        self._add_collective(instruction, computation, name, times, fused)
       if not fused:
         self.hbm_bytes += times * self._traffic(instruction, computation)
       if opcode == "while":
@@ -150,11 +150,12 @@ class _Reader:
       elif opcode == "call":
         self.run(instruction.attribute("to_apply"), times, fused)
 
-  def _add_collective(self, instruction, computation, where: str, times: int) -> None:
+  def _add_collective(self, instruction, computation, where: str, times: int, fused: bool) -> None:
     kind = instruction.opcode.removesuffix("-start")
-    # A collective that is spread over several fusions occurs in each, with one channel.
+    # A collective that is spread over several fusions occurs in each, with one channel. (Those of
+    # `jax.shard_map`, outside of fusions, all have one.)
     channel = (kind, instruction.attribute("channel_id"))
-    if channel[1] is not None and channel in self._channels:
+    if fused and channel[1] is not None and channel in self._channels:
       return
     self._channels.add(channel)
     operands = sum(a.bytes for name in instruction.operands for a in computation[name].arrays)

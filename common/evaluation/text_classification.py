@@ -1,7 +1,8 @@
 """Classification of texts by a fine-tuned encoder, as in GLUE: labelled files, classes, scores."""
 
 import os
-from collections.abc import Sequence
+import pathlib
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,11 +14,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from common.errors import UserError
 from common.evaluation.items import read_items
 from common.models.encoder import Encoder
-from common.reporting.report import Column
+from common.reporting.report import Column, Table
 
 Array = jax.Array
-
-SCORE_COLUMNS = [Column(c, ".4f", better="higher") for c in ("accuracy", "macro F1", "Matthews")]
 
 
 class Texts(NamedTuple):
@@ -33,8 +32,15 @@ class Texts(NamedTuple):
 
 
 class Task(NamedTuple):
-  """What a quantized classifier is calibrated and tested on; `labels` are of `test`, int [texts]."""
+  """What a quantized classifier is calibrated and tested on.
 
+  Attributes:
+    name: of the file that it is tested on.
+    calibration, test: texts.
+    labels: of `test`, int [texts].
+  """
+
+  name: str
   calibration: Texts
   test: Texts
   labels: np.ndarray
@@ -110,7 +116,24 @@ def read_task(
     raise UserError("give both labelled_train and labelled_test, or neither")
   read = lambda path: labelled_texts(path, fields, model, tokenizer, length)
   calibration, _ = read(train)
-  return Task(Texts(*(ids[:num_calibration] for ids in calibration)), *read(test))
+  few = Texts(*(ids[:num_calibration] for ids in calibration))
+  return Task(pathlib.Path(test).name, few, *read(test))
+
+
+def task_table(
+  encoder: str, setting: str, task: Task, models: Iterable[tuple[str, str | None, Encoder]]
+) -> Table:
+  """Scores on the task.
+
+  Args:
+    encoder: its name.
+    setting: what the second column is called.
+    task: see `read_task`.
+    models: method, setting and model of each row, one in memory at a time.
+  """
+  rows = [[name, value, *scores(task.labels, predict(m, task.test))] for name, value, m in models]
+  columns = [Column(c, ".4f", better="higher") for c in ("accuracy", "macro F1", "Matthews")]
+  return Table(f"{encoder} on {task.name}", ["method", setting, *columns], rows)
 
 
 def predict(model: Encoder, texts: Texts, batch_size: int = 32) -> np.ndarray:
@@ -126,7 +149,7 @@ def predict(model: Encoder, texts: Texts, batch_size: int = 32) -> np.ndarray:
 
 
 def scores(labels: np.ndarray, predicted: np.ndarray) -> list[float]:
-  """Accuracy, macro F1 and Matthews correlation: the values of `SCORE_COLUMNS`."""
+  """Accuracy, macro F1 and Matthews correlation."""
   return [
     accuracy_score(labels, predicted),
     f1_score(labels, predicted, average="macro"),

@@ -133,6 +133,13 @@ def smoothquant_block(
   alpha: float = 0.5,
 ) -> Block:
   """The block scaled by SmoothQuant's rule, then rounded to nearest and packed."""
+  return rtn_block(smoothed_block(block, x, context, config, alpha=alpha), format)
+
+
+def smoothed_block(
+  block: Block, x: Array, context: AttentionContext, config: DecoderConfig, *, alpha: float = 0.5
+) -> Block:
+  """The block scaled by SmoothQuant's rule, in full precision: the same function."""
   inputs = block_inputs(block, x, context)
   block = nnx.clone(block)
   for group in scaling_groups(config):
@@ -140,7 +147,7 @@ def smoothquant_block(
     x_max = jnp.max(jnp.abs(features) * token_mask(x, context), axis=(0, 1))
     kernels = list(get_kernels(block, list(group.linears)).values())
     fold_scale(block, group, smoothquant_scale(x_max, kernels, alpha))
-  return rtn_block(block, format)
+  return block
 
 
 # The order in which a block's linears see their inputs; each stage's Hessians are taken after the

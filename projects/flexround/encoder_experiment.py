@@ -17,7 +17,7 @@ from common.data.sources import load_documents
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
-from common.evaluation.text_classification import SCORE_COLUMNS, predict, read_task, scores
+from common.evaluation.text_classification import read_task, scores, task_table
 from common.models.encoder import Encoder, sentence_embeddings
 from common.paths import models_dir
 from common.quantization.activations import ActivationFormat
@@ -128,14 +128,14 @@ def compare_on_task(
   )
   ids = task.calibration.tokens, task.calibration.segment_ids
   calibration = Sentences(*map(jnp.asarray, ids), np.zeros(len(ids[0]), int))
-  row = lambda name, format, model: [name, format, *scores(task.labels, predict(model, task.test))]
-  rows = [row("full precision", None, model)]
-  for bits in config.encoder_bits:
-    for method in ("RTN", "FlexRound"):
-      quantized = quantize(method, config, model, calibration, bits)
-      rows.append(row(method, f"W{bits}A{bits}", quantized))
-  title = f"{config.encoder} on {pathlib.Path(config.labelled_test).name}"
-  report.tables.append(Table(title, ["method", "format", *SCORE_COLUMNS], rows))
+
+  def models():
+    yield "full precision", None, model
+    for bits in config.encoder_bits:
+      for method in ("RTN", "FlexRound"):
+        yield method, f"W{bits}A{bits}", quantize(method, config, model, calibration, bits)
+
+  report.tables.append(task_table(config.encoder, "format", task, models()))
 
 
 def retrieval_collection(config: ConfigDict) -> Collection | None:

@@ -16,7 +16,7 @@ from common.data.sources import load_documents
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
-from common.evaluation.text_classification import SCORE_COLUMNS, predict, read_task, scores
+from common.evaluation.text_classification import read_task, task_table
 from common.models.encoder import Encoder
 from common.paths import models_dir
 from common.reporting.report import Claim, Column, Report, Table
@@ -138,12 +138,13 @@ def compare_on_task(
     num_calibration=config.encoder_samples,
   )
   ids = jnp.asarray(task.calibration.tokens), jnp.asarray(task.calibration.segment_ids)
-  rows = [["full precision", "32/32/32", *scores(task.labels, predict(model, task.test))]]
-  for name, bits, quantized in quantized_models(config, model, *ids):
-    found = predict(quantized, task.test)
-    rows.append([name, f"{bits}/{bits}/{bits}", *scores(task.labels, found)])
-  title = f"{config.encoder} on {pathlib.Path(config.labelled_test).name}"
-  report.tables.append(Table(title, ["method", "bits E/W/A", *SCORE_COLUMNS], rows))
+
+  def models():
+    yield "full precision", "32/32/32", model
+    for name, bits, quantized in quantized_models(config, model, *ids):
+      yield name, f"{bits}/{bits}/{bits}", quantized
+
+  report.tables.append(task_table(config.encoder, "bits E/W/A", task, models()))
 
 
 def claims(config: ConfigDict, cosine, ndcg) -> list[Claim]:

@@ -3,16 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
 
-from common.models.decoder import DecoderConfig
 from common.quantization import calibration, rtn
 from common.quantization.activations import ActivationFormat, min_max_range, quantize_inputs
 from common.quantization.calibration import rtn_block, token_mask
-from common.quantization.equivalent import fold_scale, scaling_groups, smoothquant_scale
 from common.quantization.linear import get_kernels, pack_linears
 from common.quantization.quantized_array import IntegerFormat
 from projects.llm_fp4.llm_fp4 import FPQSettings
@@ -82,7 +78,7 @@ def integer_model(
 
   def quantize_block(index, block, x, context):
     rows = np.flatnonzero(np.asarray(token_mask(x, context)))
-    scaled = smoothed_block(block, x, context, model.config) if smoothquant else block
+    scaled = calibration.smoothed_block(block, x, context, model.config) if smoothquant else block
     recorded = calibration.block_inputs(scaled, x, context)
     ranges = _ranges(recorded, dict.fromkeys(recorded, rows), activation_format)
     quantized = rtn_block(scaled, format)
@@ -103,24 +99,6 @@ def integer_model(
     table = quantized.embed_tokens.embedding
     table[...] = _rounded_table(table[...], IntegerFormat(embedding_bits, axis=None))
   return quantized
-
-
-def smoothed_block(block, x: Array, context, config: DecoderConfig, alpha: float = 0.5):
-  """The block scaled by SmoothQuant's rule, in full precision."""
-  inputs = calibration.block_inputs(block, x, context)
-  block = nnx.clone(block)
-  for group in scaling_groups(config):
-    kernels = list(get_kernels(block, list(group.linears)).values())
-    scale = _smoothquant_scale(inputs[group.linears[0]], x, context, kernels, alpha)
-    fold_scale(block, group, scale)
-  return block
-
-
-@jax.jit
-def _smoothquant_scale(features, x, context, kernels, alpha):
-  """`smoothquant_scale` of a group's inputs [samples, seq, in] on the tokens of the block's x."""
-  largest = (jnp.abs(features) * token_mask(x, context)).max(axis=(0, 1))
-  return smoothquant_scale(largest, kernels, alpha)
 
 
 @functools.partial(jax.jit, static_argnums=2)

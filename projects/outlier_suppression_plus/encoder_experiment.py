@@ -15,14 +15,7 @@ from common.data.retrieval import Collection, load_collection, sample_collection
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
-from common.evaluation.text_classification import (
-  SCORE_COLUMNS,
-  Texts,
-  encode_texts,
-  predict,
-  read_task,
-  scores,
-)
+from common.evaluation.text_classification import Texts, encode_texts, read_task, task_table
 from common.models.encoder import Encoder
 from common.paths import models_dir
 from common.reporting import plots
@@ -175,16 +168,14 @@ def compare_on_task(config: ConfigDict, model: Encoder, tokenizer, report: Repor
     num_calibration=config.encoder_calibration,
   )
 
-  def row(label, setting, model):
-    return [label, setting, *scores(task.labels, predict(model, task.test))]
+  def models():
+    yield "full precision", None, model
+    for name in config.encoder_settings:
+      settings = settings_of(config, name)
+      methods = main_methods(
+        config, settings, task.calibration.segment_ids, hidden_error(task.calibration)
+      )
+      for label in [method for method in config.encoder_methods if method in methods]:
+        yield label, name, methods[label](model, task.calibration.tokens)
 
-  rows = [row("full precision", None, model)]
-  for name in config.encoder_settings:
-    settings = settings_of(config, name)
-    methods = main_methods(
-      config, settings, task.calibration.segment_ids, hidden_error(task.calibration)
-    )
-    for label in [method for method in config.encoder_methods if method in methods]:
-      rows.append(row(label, name, methods[label](model, task.calibration.tokens)))
-  title = f"{config.encoder} on {pathlib.Path(config.labelled_test).name}"
-  report.tables.append(Table(title, ["method", "setting", *SCORE_COLUMNS], rows))
+  report.tables.append(task_table(config.encoder, "setting", task, models()))

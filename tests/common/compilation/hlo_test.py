@@ -78,6 +78,19 @@ def test_bodies_of_loops_count_as_often_as_they_run():
   assert found.collectives["all-gather"] == Collective(10, 10 * 2048, (2048,))
 
 
+def test_collectives_outside_of_fusions_count_whatever_their_channel():
+  """`jax.shard_map` gives all of them the same one."""
+  found = cost("""HloModule two
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %first = f32[8]{0} all-reduce(%x), channel_id=1, to_apply=%add
+  ROOT %second = f32[8]{0} all-reduce(%first), channel_id=1, to_apply=%add
+}
+""")
+  assert found.collectives["all-reduce"] == Collective(2, 2 * 32, (32,))
+
+
 def test_loops_of_unknown_length_count_once_and_are_reported():
   found = loop(direction="NE")
   assert found.unknown_loops == 1
