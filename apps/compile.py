@@ -28,28 +28,18 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "rows", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 2048, "tokens in a row", lower_bound=2)
 
 
-def mesh_axes(sizes: list[str]) -> dict[str, int]:
-  """["data=2", "tensor=8"] -> {"data": 2, "tensor": 8}."""
-  try:
-    return {axis: int(size) for axis, size in (part.split("=") for part in sizes)}
-  except ValueError:
-    raise UserError(
-      f"--mesh={','.join(sizes)}: expected sizes of axes, such as data=2,tensor=8"
-    ) from None
-
-
 def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise UserError(f"unexpected argument {argv[1]!r}; see --help")
-  axes = mesh_axes(_MESH.value)
   cli.prepare_jax(compile_only=True)
   import jax.numpy as jnp
 
   from common.compilation import decoder_steps
   from common.compilation.compile_only import compile_for
   from common.models.scan import abstract_stack
-  from common.training.mesh import make_mesh
+  from common.training.mesh import make_mesh, mesh_axes
 
+  axes = mesh_axes(_MESH.value)
   config = decoder_steps.decoder_config(_MODEL.value)
 
   def steps(devices):

@@ -63,6 +63,7 @@ def run(slug: str) -> NoReturn:
   config_file = pathlib.Path(importlib.util.find_spec(f"projects.{slug}.config").origin)
   root = config_file.parents[2]
   flags.DEFINE_string("workdir", None, f"folder of the results (default: runs/{slug}-PRESET)")
+  flags.DEFINE_list("mesh", None, "sizes of the mesh axes data, fsdp, tensor, such as fsdp=-1")
   flags.DEFINE_string("compile_only", None, "TPU slice to compile the steps for, such as v5p:2x2x4")
   config_flag = preset = None
 
@@ -98,12 +99,13 @@ def run(slug: str) -> NoReturn:
     with writable_folder(workdir):
       prepare_jax()
       distributed.initialize()
-      experiment = importlib.import_module(f"projects.{slug}.experiment")
-      from common.reporting import report as reporting
+      with on_mesh(flags.FLAGS.mesh):
+        experiment = importlib.import_module(f"projects.{slug}.experiment")
+        from common.reporting import report as reporting
 
-      start = time.perf_counter()
-      result = experiment.run(config, workdir)
-      seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        result = experiment.run(config, workdir)
+        seconds = time.perf_counter() - start
       report = dataclasses.replace(
         result,
         project=slug,
@@ -232,6 +234,28 @@ def prepare_jax(*, compile_only: bool = False) -> None:
   _keep_freed_memory()
 
 
+def on_mesh(sizes: list[str] | None) -> contextlib.AbstractContextManager:
+  """The mesh of the flag --mesh, over all devices; nothing without the flag.
+
+  Models that are loaded within lie on it, and the compiler cuts what is computed from them.
+
+  Raises:
+    UserError: there is no such mesh, or it would span several processes.
+  """
+  if sizes is None:
+    return contextlib.nullcontext()
+  import jax
+
+  from common.training.mesh import make_mesh, mesh_axes
+
+  if jax.process_count() > 1:
+    raise UserError(
+      f"--mesh cuts over the devices of one process, but there are {jax.process_count()}: run it on "
+      "one machine"
+    )
+  return jax.set_mesh(make_mesh(mesh_axes(sizes)))
+
+
 @contextlib.contextmanager
 def writable_folder(path: pathlib.Path) -> Iterator[None]:
   """Makes the folder for the body; if the body fails, removes what it made and left empty.
@@ -340,5 +364,6 @@ def _paper_help(slug: str, module: types.ModuleType, preset: str, config: Config
   lines += [f"fields, with their values in {preset!r}:"]
   lines += [f"  --config.{name}={value}" for name, value in _fields(config).items()]
   lines += [f"results go to --workdir (default: runs/{slug}-PRESET in the checkout)"]
+  lines += ["--mesh=fsdp=-1 cuts models over all devices (axes data, fsdp, tensor; -1: the rest)"]
   lines += ["--compile_only=v5p:2x2x4 only compiles the steps for a TPU slice: do they fit?"]
   return "\n".join(lines)

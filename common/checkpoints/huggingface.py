@@ -23,6 +23,7 @@ from common.checkpoints.shards import CheckpointWriter, open_file, some, tensor_
 from common.checkpoints.tensors import bare_names, canonical_names, from_hf, tensor_name, to_hf
 from common.errors import UserError
 from common.models.decoder import Block, Decoder, DecoderConfig
+from common.models.sharding import cut_over_mesh
 
 
 class Checkpoint:
@@ -102,9 +103,10 @@ class Checkpoint:
       tensors = self.read([name for name in self.files if name.startswith(prefix)])
       tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
       try:
-        return packed_layout.from_tensors(block, tensors, self._packed_blocks[index], dtype)
+        block = packed_layout.from_tensors(block, tensors, self._packed_blocks[index], dtype)
       except UserError as e:
         raise UserError(f"{self.path}: block {index}: {e}") from None
+      return cut_over_mesh(block)
     return self._load(lambda rngs: Block(self.config, rngs, full), ("blocks", index), dtype)
 
   def _load(self, make, prefix: tuple, dtype):
@@ -145,7 +147,7 @@ class Checkpoint:
       from common.quantization import autoawq
 
       autoawq.attach(module, self, {".".join(map(str, p)): s for p, s in quantized.items()})
-    return module
+    return cut_over_mesh(module)
 
   def require_decoder(self) -> None:
     """Raises a UserError if this is another kind of model."""

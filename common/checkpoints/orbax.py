@@ -168,8 +168,8 @@ def load_params(path: os.PathLike | str, abstract_params: PyTree) -> tuple[PyTre
   Args:
     path: the folder.
     abstract_params: arrays or jax.ShapeDtypeStructs with the structure, shapes, dtypes and
-      shardings to load onto (without a sharding: the first device). A saved dtype that differs
-      is cast.
+      shardings to load onto (without a sharding: the first device, or all of the current mesh, whole
+      on each). A saved dtype that differs is cast.
 
   Returns:
     (params, metadata).
@@ -257,13 +257,20 @@ def _raw(x: Any) -> Any:
 
 
 def _to_abstract(tree: PyTree) -> PyTree:
-  first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=getattr(x, "sharding", None) or first_device
-    ),
-    tree,
-  )
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  else:
+    default = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+  def abstract(x):
+    sharding = getattr(x, "sharding", None)
+    # What jax.eval_shape gives within `jax.set_mesh` names no devices.
+    if sharding is None or isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+      sharding = default
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(abstract, tree)
 
 
 class _IteratorHandler(ocp.CheckpointHandler):

@@ -28,6 +28,7 @@ from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.decoder import Decoder, DecoderConfig
+from common.models.sharding import cut_over_mesh
 from common.paths import cache_dir
 from common.training.loop import train
 from common.training.losses import linear_next_token_loss
@@ -249,7 +250,7 @@ def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
       shutil.rmtree(workdir / "checkpoints", ignore_errors=True)
   pure, metadata = load_params(path, nnx.to_pure_dict(params))
   nnx.replace_by_pure_dict(params, pure)
-  return BaseModel(nnx.merge(graphdef, params), tokenizer, metadata)
+  return BaseModel(cut_over_mesh(nnx.merge(graphdef, params)), tokenizer, metadata)
 
 
 def _settings(recipe: Recipe, tokenizer: tokenizers.Tokenizer, seed: int) -> dict[str, Any]:

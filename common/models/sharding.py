@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from common.errors import UserError
@@ -185,6 +186,30 @@ def place(tree: PyTree, tree_shardings: PyTree) -> PyTree:
     tree,
     tree_shardings,
   )
+
+
+def cut_over_mesh(module: nnx.Module) -> nnx.Module:
+  """Lays a model's arrays over the current mesh, in place; without one (`jax.set_mesh`) where they are.
+
+  A matrix that `PARAMETERS` does not list is whole on every device.
+
+  Raises:
+    UserError: a mesh axis does not divide a dimension.
+  """
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return module
+
+  def cut(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    try:
+      axes = logical_axes(name, x.ndim)
+    except ValueError:
+      axes = (None,) * x.ndim
+    return jax.device_put(x, _sharding(name, x.shape, axes, mesh, RULES))
+
+  nnx.update(module, jax.tree.map_with_path(cut, nnx.state(module)))
+  return module
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

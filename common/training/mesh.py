@@ -15,6 +15,16 @@ from common.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 
 
+def mesh_axes(sizes: Sequence[str]) -> dict[str, int]:
+  """The value of a flag --mesh, ["data=2", "tensor=8"] -> {"data": 2, "tensor": 8}."""
+  try:
+    return {axis: int(size) for axis, size in (part.split("=") for part in sizes)}
+  except ValueError:
+    raise UserError(
+      f"--mesh={','.join(sizes)}: expected sizes of axes, such as data=2,tensor=8"
+    ) from None
+
+
 def make_mesh(
   axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:

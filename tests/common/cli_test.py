@@ -55,6 +55,8 @@ FILES = {
         os.kill(os.getpid(), signal.SIGINT)
       if config.fail == "lock":
         config.unknown = 1
+      if "jax" in sys.modules:
+        print("mesh:", dict(sys.modules["jax"].sharding.get_mesh().shape))
       return Report(claims=[Claim.less("c", [config.bits] * len(config.seeds), 5)])
     """,
 }
@@ -118,6 +120,12 @@ def test_a_run_writes_its_report_under_the_users_folder(toy):
   assert report["claims"][0]["measured"] == [3.0, 3.0, 3.0]
   assert report["environment"]["backend"] == "cpu" and report["seconds"] > 0
   assert "jax imported early: False" in done.stdout and "✓ c" in done.stdout
+
+
+def test_a_run_may_lie_on_a_mesh(toy, monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+  done = toy("--workdir=out", "--mesh=tensor=2,fsdp=-1")
+  assert done.returncode == 0 and "mesh: {'data': 1, 'fsdp': 2, 'tensor': 2}" in done.stdout
 
 
 def test_a_table_goes_to_the_papers_estimate(toy, root):
@@ -206,6 +214,9 @@ def test_half_set_cluster_variables_are_the_users_to_mend(toy, monkeypatch):
     (["--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     (["tiny"], "unexpected argument 'tiny'"),
     (["--config.fail=user"], "error: bits are wrong"),
+    (["--mesh=two"], "--mesh=two: expected sizes of axes, such as data=2,tensor=8"),
+    (["--mesh=model=2"], "unknown mesh axes model; there are data, fsdp, tensor"),
+    (["--mesh=tensor=3"], "does not use the 1 devices exactly once"),
     (["--workdir=/dev/null/deep/er"], "cannot write to the folder /dev/null/deep/er: Not a dir"),
   ],
 )

@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -162,6 +165,25 @@ def test_indivisible_dimension_names_parameter_dimension_and_axis():
     shardings(params, MESH)
   whole = shardings(params, MESH, rules=RULES | {"vocab": ()})
   assert whole["embed_tokens"]["embedding"].spec == PartitionSpec(None, ("fsdp",))
+
+
+def test_models_on_a_mesh_are_as_on_one_device(tmp_path):
+  """On virtual devices, which have to be there before JAX is imported."""
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    # On a processor two programs at once can wait for each other's collectives.
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
+  }
+  run = subprocess.run(
+    [sys.executable, "-m", "tests.common.models.on_mesh_run", str(tmp_path)],
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert run.returncode == 0, run.stderr[-4000:]
+  assert run.stdout.splitlines()[-1] == "all agree"
 
 
 def test_unknown_matrix_must_be_listed():
