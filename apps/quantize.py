@@ -21,6 +21,11 @@ other results are in a layout of ours, which every command here reads.
   --calibration=SOURCE  calibration text (default: embedded:prose; see common/data/sources.py)
   --num_samples=128     calibration sequences
   --seq_len=512         tokens in each
+  --sample_memory=device
+                        where the activations between two blocks lie: on the chip, or in the host's
+                        memory (pinned_host), from where a few samples at a time come to the chip (for
+                        outlier_suppression_plus and qllm all samples, one block at a time); the
+                        result is the same
   --seed=42             of the calibration draw, of batches and of starts
   --search=FILE         AWQ's search result: read if the file exists, else searched and written
   --steps=0             FlexRound's and FlatQuant's per block; 0 takes the papers', 5000 and 480
@@ -49,6 +54,7 @@ _KV_BITS = flags.DEFINE_integer("kv_bits", 16, "of keys and values")
 _CALIBRATION = flags.DEFINE_string("calibration", "embedded:prose", "calibration text")
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 128, "calibration sequences", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens in each sequence", lower_bound=2)
+_SAMPLE_MEMORY = flags.DEFINE_string("sample_memory", "device", "device or pinned_host")
 _SEED = flags.DEFINE_integer("seed", 42, "of the calibration draw, of batches and of starts")
 _SEARCH = flags.DEFINE_string("search", None, "AWQ's search result")
 _STEPS = flags.DEFINE_integer("steps", 0, "FlexRound's and FlatQuant's", lower_bound=0)
@@ -73,7 +79,9 @@ def main(argv: list[str]) -> None:
   from common.data.pipelines import calibration_samples
   from common.data.tokenizer import load_tokenizer
   from common.quantization.checkpoint import quantize_checkpoint
+  from common.quantization.reconstruction import check_sample_memory
 
+  check_sample_memory(_SAMPLE_MEMORY.value)
   source = Checkpoint(_MODEL.value)
   source.require_decoder()
   options = Options(
@@ -106,6 +114,7 @@ def main(argv: list[str]) -> None:
     settings={"method": _METHOD.value} | dataclasses.asdict(options),
     format=options.weights if method.plain else None,
     stream=method.stream,
+    sample_memory=_SAMPLE_MEMORY.value,
     overwrite=_OVERWRITE.value,
     track=lambda blocks: track(blocks, "blocks", total=source.config.num_layers),
   )

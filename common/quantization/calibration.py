@@ -1,7 +1,9 @@
 """Calibration one block at a time, and the block-wise baselines RTN, SmoothQuant and GPTQ.
 
 `quantize_blocks` walks a model from its first block to its last. It needs one block's weights and
-the activations between two blocks in memory, never the whole model, so blocks may come from disk.
+the activations between two blocks in memory, never the whole model, so blocks may come from disk. The
+activations may lie in the host's memory (`sample_memory`): all functions here then bring a few rows at
+a time to the device.
 Decoders, encoders and vision transformers are stacks of the same block.
 """
 
@@ -23,6 +25,12 @@ from common.quantization.equivalent import fold_scale, scaling_groups, smoothqua
 from common.quantization.gptq import gptq, stable_damping
 from common.quantization.linear import get_kernels, pack_linears, set_kernels
 from common.quantization.quantized_array import IntegerFormat, QuantizedArray
+from common.quantization.reconstruction import (
+  SampleMemory,
+  check_sample_memory,
+  in_host_memory,
+  on_device,
+)
 
 Array = jax.Array
 
@@ -50,6 +58,8 @@ def quantize_blocks(
   *,
   stream: Literal["full_precision", "quantized", "both"],
   segment_ids: Array | None = None,
+  token_types: Array | None = None,
+  sample_memory: SampleMemory = "device",
 ) -> Iterator[Block]:
   """Yields each block after `quantize_block(index, block, x, context)`.
 
@@ -63,8 +73,21 @@ def quantize_blocks(
       independent) or "quantized" (GPTQ: later blocks see the error of the earlier ones). With
       "both", `x` is the pair of them (block reconstruction).
     segment_ids: int32 [samples, seq], 0 for padding; by default there is none.
+    token_types: of an encoder, int32 [samples, seq], 0 for the first and 1 for the second text of a
+      pair; by default all 0.
+    sample_memory: where the activations lie; `quantize_block` is given them there. The results are
+      the same. (Before the first block all of them are on the device once. For features that are no
+      multiple of 128 the TPU's compiler does not support the host's memory.)
+
+  Raises:
+    UserError: see `check_sample_memory`.
   """
-  x, context = outer.stem(inputs) if segment_ids is None else outer.stem(inputs, segment_ids)
+  check_sample_memory(sample_memory)
+  ids = {"segment_ids": segment_ids, "token_types": token_types}
+  # A decoder has no types of tokens, a vision transformer neither.
+  x, context = outer.stem(inputs, **{name: i for name, i in ids.items() if i is not None})
+  if sample_memory == "pinned_host":
+    x = in_host_memory(x)
   streams = Streams(x, x)
   index = 0
   # Not `enumerate`, which would hold a block while the next one is read.
@@ -89,23 +112,32 @@ def quantize_model(
   *,
   stream: Literal["full_precision", "quantized", "both"],
   segment_ids: Array | None = None,
+  token_types: Array | None = None,
+  sample_memory: SampleMemory = "device",
 ) -> Model:
   """A copy of an in-memory model with every block quantized; see `quantize_blocks`."""
   quantized = nnx.clone(model)
   blocks = quantize_blocks(
-    model, model.blocks, inputs, quantize_block, stream=stream, segment_ids=segment_ids
+    model,
+    model.blocks,
+    inputs,
+    quantize_block,
+    stream=stream,
+    segment_ids=segment_ids,
+    token_types=token_types,
+    sample_memory=sample_memory,
   )
   quantized.blocks = nnx.List(list(blocks))
   return quantized
 
 
 def run_block(block: Block, x: Array, context: AttentionContext) -> Array:
-  """The block's output [samples, seq, dim], a few rows at a time."""
+  """The block's output [samples, seq, dim], a few rows at a time, in the memory that x lies in."""
   return _run_block(*nnx.split(block), x, context)
 
 
 def block_inputs(block: Block, x: Array, context: AttentionContext) -> dict[str, Array]:
-  """Inputs of the block's linears, {path: [samples, seq, in]}."""
+  """Inputs of the block's linears, {path: [samples, seq, in]}; on the device."""
   return _block_inputs(*nnx.split(block), x, context)
 
 
@@ -270,18 +302,33 @@ def token_mask(x: Array, context: AttentionContext) -> Array:
 
 
 _quantize = jax.jit(rtn.quantize, static_argnums=1)
-_all_finite = jax.jit(lambda tensors: [jnp.isfinite(x).all() for x in tensors])
+
+
+@jax.jit
+def _all_finite(tensors):
+  def finite(x):
+    if jax.typeof(x).memory_space != jax.memory.Space.Host:
+      return jnp.isfinite(x).all()
+    return jax.lax.map(lambda row: jnp.isfinite(on_device(row)).all(), x).all()
+
+  return [finite(x) for x in tensors]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run_block(graphdef, state, x, context):
-  run = lambda rows: nnx.merge(graphdef, state)(*rows)[0]
+  in_host = jax.typeof(x).memory_space == jax.memory.Space.Host
+
+  def run(rows):
+    x, context = rows
+    output = nnx.merge(graphdef, state)(on_device(x), context)[0]
+    return in_host_memory(output) if in_host else output
+
   return jax.lax.map(run, passes(x, context)).reshape(x.shape)
 
 
 def _record(graphdef, state, rows, paths):
-  block = nnx.merge(graphdef, state)
-  return record_inputs(block, list(paths), lambda block: block(*rows))[1]
+  block, (x, context) = nnx.merge(graphdef, state), rows
+  return record_inputs(block, list(paths), lambda block: block(on_device(x), context))[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)

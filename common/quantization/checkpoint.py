@@ -22,6 +22,7 @@ from common.quantization import autoawq, packed_layout
 from common.quantization.calibration import QuantizeBlock, Streams, check_finite, quantize_blocks
 from common.quantization.linear import quantized_weights
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reconstruction import SampleMemory, check_sample_memory
 
 
 def quantize_checkpoint(
@@ -33,6 +34,7 @@ def quantize_checkpoint(
   settings: Mapping[str, Any],
   format: IntegerFormat | None = None,
   stream: str = "full_precision",
+  sample_memory: SampleMemory = "device",
   overwrite: bool = False,
   track: Callable[[Iterable[Block]], Iterable[Block]] = iter,
 ) -> None:
@@ -51,16 +53,18 @@ def quantize_checkpoint(
     settings: the method and whatever changes its result, as JSON; "method" is its name.
     format: of weights that are written in the AutoAWQ layout (`autoawq`), which other tools read;
       None writes the layout that holds any block (`packed_layout`).
-    stream: see `quantize_blocks`.
+    stream, sample_memory: see `quantize_blocks`. An unfinished run goes on with either memory.
     overwrite: replace `out` if it exists, and what another run left unfinished.
     track: wraps the stream of quantized blocks, to show progress.
 
   Raises:
     UserError: `source` is not a decoder or is quantized already, `out` exists or cannot be
       written, another run was left unfinished there, the layout cannot hold the format or the
-      model, or a weight or calibration activation is not finite (it is named).
+      model, a weight or calibration activation is not finite (it is named), or there is no such
+      `sample_memory`.
     ValueError: `quantize_block` packs weights in another format.
   """
+  check_sample_memory(sample_memory)
   source.require_decoder()
   if source.quantization:
     raise UserError(f"{source.path} is quantized already; start from the full-precision checkpoint")
@@ -87,8 +91,11 @@ def quantize_checkpoint(
     return _load_block(file, block)
 
   blocks = (source.load_block(i) for i in range(source.config.num_layers))
+  quantized = quantize_blocks(
+    outer, blocks, tokens, resume, stream=stream, sample_memory=sample_memory
+  )
   try:
-    for _ in track(quantize_blocks(outer, blocks, tokens, resume, stream=stream)):
+    for _ in track(quantized):
       pass
   except BaseException:
     if not _block_file(partial, 0).exists():

@@ -14,7 +14,7 @@ its own batch to the device, which holds the block, the optimizer's state and on
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,9 @@ from flax import nnx
 from common.errors import UserError
 
 Array = jax.Array
+
+# Where calibration samples lie while others are computed with: a kind of JAX's memories.
+SampleMemory = Literal["device", "pinned_host"]
 
 
 class Learned(nnx.Variable):
@@ -41,8 +44,8 @@ class ReconstructionSettings:
       0.5). 0 is BRECQ's protocol.
     keep_best: keep the parameters with the least error on all samples, of those at the start and at
       the end of the run; otherwise those at the end.
-    sample_memory: where the samples lie meanwhile, "device" or "pinned_host", the host's memory. The
-      results are the same.
+    sample_memory: where the samples lie meanwhile, see `check_sample_memory`. The results are the
+      same.
 
   Raises:
     UserError: there is no such memory.
@@ -52,13 +55,10 @@ class ReconstructionSettings:
   batch_size: int
   drop_probability: float = 0.0
   keep_best: bool = True
-  sample_memory: Literal["device", "pinned_host"] = "device"
+  sample_memory: SampleMemory = "device"
 
   def __post_init__(self):
-    if self.sample_memory not in ("device", "pinned_host"):
-      raise UserError(
-        f"sample_memory={self.sample_memory!r} is not supported; supported: device, pinned_host"
-      )
+    check_sample_memory(self.sample_memory)
 
 
 class ReconstructionLog(NamedTuple):
@@ -92,11 +92,38 @@ def run_transformer_block(block: nnx.Module, x: Array, context) -> Array:
   return block(x, context)[0]
 
 
+def check_sample_memory(kind: SampleMemory) -> None:
+  """Checks that samples can lie in "device", the accelerator's memory, or "pinned_host", the host's.
+
+  Raises:
+    UserError: there is no such memory, or the backend does not have it.
+  """
+  if kind not in get_args(SampleMemory):
+    supported = ", ".join(get_args(SampleMemory))
+    raise UserError(f"sample_memory={kind!r} is not supported; supported: {supported}")
+  if kind == "device":
+    return  # Every backend has it; to look would start one.
+  device = jax.local_devices()[0]
+  kinds = [memory.kind for memory in device.addressable_memories()]
+  if kind not in kinds:
+    raise UserError(
+      f"sample_memory={kind!r}: the backend {device.platform} has {', '.join(kinds)} memory only; "
+      "use sample_memory=device"
+    )
+
+
 def in_host_memory(samples: Array) -> Array:
   """The same, there."""
   if jax.typeof(samples).memory_space == jax.memory.Space.Host:
     return samples
   return jax.device_put(samples, jax.memory.Space.Host)
+
+
+def on_device(samples: Array) -> Array:
+  """The same in the device's memory, where every computation takes its operands from."""
+  if jax.typeof(samples).memory_space != jax.memory.Space.Host:
+    return samples
+  return jax.device_put(samples, jax.memory.Space.Device)
 
 
 def samples_at(samples: Array, rows: Array) -> Array:
@@ -110,10 +137,7 @@ def samples_at(samples: Array, rows: Array) -> Array:
     return samples[rows]
 
   # A slice is a copy from memory to memory; a gather would have to be computed where the samples are.
-  def fetch(row):
-    sample = jax.lax.dynamic_index_in_dim(samples, row, keepdims=False)
-    return jax.device_put(sample, jax.memory.Space.Device)
-
+  fetch = lambda row: on_device(jax.lax.dynamic_index_in_dim(samples, row, keepdims=False))
   return jax.lax.map(fetch, rows)
 
 

@@ -42,6 +42,7 @@ from common.quantization.linear import get_kernels
 from common.quantization.reconstruction import (
   ReconstructionLog,
   ReconstructionSettings,
+  on_device,
   reconstruct,
 )
 from projects.flatquant.flat_block import LINEARS, FlatBlock, FlatQuantSettings
@@ -282,8 +283,8 @@ def _largest_inputs(graphdef, state, x, context, paths):
   """The largest |input| of each channel over all tokens, {path: float32 [in]}."""
 
   def of_rows(rows):
-    block = nnx.merge(graphdef, state)
-    _, inputs = record_inputs(block, list(paths), lambda block: block(*rows))
+    block, (x, context) = nnx.merge(graphdef, state), rows
+    _, inputs = record_inputs(block, list(paths), lambda block: block(on_device(x), context))
     mask = token_mask(*rows)
     largest = lambda v: jnp.max(jnp.abs(v.astype(jnp.float32)) * mask, axis=(0, 1))
     return {path: largest(v) for path, v in inputs.items()}

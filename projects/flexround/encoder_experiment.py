@@ -87,7 +87,8 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
   rows, cosine = [row("full precision", None, model)], {}
   for bits in config.encoder_bits:
     for method in ("RTN", "FlexRound"):
-      quantized = quantize(method, config, model, calibration, bits)
+      ids = {"tokens": calibration.tokens, "segment_ids": calibration.segment_ids}
+      quantized = quantize(method, config, model, bits, **ids)
       rows.append(row(method, f"W{bits}A{bits}", quantized))
       cosine[bits, method] = rows[-1][2]
   report.tables.append(
@@ -126,14 +127,13 @@ def compare_on_task(
     length=config.encoder_length,
     num_calibration=config.encoder_calibration,
   )
-  ids = task.calibration.tokens, task.calibration.segment_ids
-  calibration = Sentences(*map(jnp.asarray, ids), np.zeros(len(ids[0]), int))
+  calibration = {name: jnp.asarray(ids) for name, ids in task.calibration._asdict().items()}
 
   def models():
     yield "full precision", None, model
     for bits in config.encoder_bits:
       for method in ("RTN", "FlexRound"):
-        yield method, f"W{bits}A{bits}", quantize(method, config, model, calibration, bits)
+        yield method, f"W{bits}A{bits}", quantize(method, config, model, bits, **calibration)
 
   report.tables.append(task_table(config.encoder, "format", task, models()))
 
@@ -183,8 +183,19 @@ def embed(model: Encoder, batch: Sentences) -> np.ndarray:
   return np.asarray(_embed(model, batch.tokens, batch.segment_ids))
 
 
-def quantize(method, config: ConfigDict, model: Encoder, batch: Sentences, bits: int) -> Encoder:
-  """A copy of the encoder with weights per channel and activations per tensor."""
+def quantize(
+  method: str, config: ConfigDict, model: Encoder, bits: int, tokens: jax.Array, **ids: jax.Array
+) -> Encoder:
+  """A copy of the encoder with weights per channel and activations per tensor.
+
+  Args:
+    method: of `quantize_unit`.
+    config: the run's.
+    model: in full precision.
+    bits: of weights and activations.
+    tokens: calibration samples, int32 [samples, seq].
+    **ids: `segment_ids` and `token_types` of the same shape, as of `quantize_model`.
+  """
   protocol = Protocol(
     IntegerFormat(bits),
     "min_max",
@@ -198,4 +209,4 @@ def quantize(method, config: ConfigDict, model: Encoder, batch: Sentences, bits:
     grids = initial_grids(block, protocol)
     return quantize_unit(method, block, x, context, key, protocol, optimizer, grids=grids).unit
 
-  return quantize_model(model, batch.tokens, block, stream="both", segment_ids=batch.segment_ids)
+  return quantize_model(model, tokens, block, stream="both", **ids)

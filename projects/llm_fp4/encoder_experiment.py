@@ -16,7 +16,7 @@ from common.data.sources import load_documents
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
-from common.evaluation.text_classification import read_task, task_table
+from common.evaluation.text_classification import read_task, scores, task_table
 from common.models.encoder import Encoder
 from common.paths import models_dir
 from common.reporting.report import Claim, Column, Report, Table
@@ -72,22 +72,22 @@ def compare_on_retrieval(
 
   def evaluate(name, bits, candidate):
     documents = full if bits is None else embed(candidate, collection.documents)
-    scores = retrieval_ndcg(embed(candidate, collection.queries), documents, collection)
+    by_query = retrieval_ndcg(embed(candidate, collection.queries), documents, collection)
     predicted = classifier.predict(embed(candidate, test_texts))
     cosine[name, bits] = embedding_similarity(documents, full)
-    ndcg[name, bits] = scores
+    ndcg[name, bits] = by_query
     rows.append(
       [
         name,
         "32/32/32" if bits is None else f"{bits}/{bits}/{bits}",
         cosine[name, bits],
-        float(scores.mean()),
+        float(by_query.mean()),
         *scores(test_labels, predicted),
       ]
     )
 
   evaluate("full precision", None, model)
-  for quantized in quantized_models(config, model, tokens, segment_ids):
+  for quantized in quantized_models(config, model, tokens, segment_ids=segment_ids):
     evaluate(*quantized)
   report.tables.append(
     Table(
@@ -114,11 +114,18 @@ def compare_on_retrieval(
 
 
 def quantized_models(
-  config: ConfigDict, model: Encoder, tokens: jax.Array, segment_ids: jax.Array
+  config: ConfigDict, model: Encoder, tokens: jax.Array, **ids: jax.Array
 ) -> Iterator[tuple[str, int, Encoder]]:
-  """Every method at every width: name, bits, and the encoder, embeddings included."""
+  """Every method at every width: name, bits, and the encoder, embeddings included.
+
+  Args:
+    config: the run's.
+    model: in full precision.
+    tokens: calibration samples, int32 [samples, seq].
+    **ids: `segment_ids` and `token_types` of the same shape, as of `search_model`.
+  """
   for bits in config.encoder_bits:
-    options = {"embedding_bits": bits, "segment_ids": segment_ids}
+    options = {"embedding_bits": bits, **ids}
     yield MINMAX_INT, bits, integer_model(model, tokens, bits, **options)
     for name, changes in FLOAT_METHODS.items():
       yield name, bits, fpq(model, tokens, fpq_settings(config, bits, **changes), **options)
@@ -137,11 +144,11 @@ def compare_on_task(
     length=config.encoder_length,
     num_calibration=config.encoder_samples,
   )
-  ids = jnp.asarray(task.calibration.tokens), jnp.asarray(task.calibration.segment_ids)
+  calibration = {name: jnp.asarray(ids) for name, ids in task.calibration._asdict().items()}
 
   def models():
     yield "full precision", "32/32/32", model
-    for name, bits, quantized in quantized_models(config, model, *ids):
+    for name, bits, quantized in quantized_models(config, model, **calibration):
       yield name, f"{bits}/{bits}/{bits}", quantized
 
   report.tables.append(task_table(config.encoder, "bits E/W/A", task, models()))

@@ -60,6 +60,7 @@ def integer_model(
   *,
   embedding_bits: int | None,
   segment_ids: Array | None = None,
+  token_types: Array | None = None,
   smoothquant: bool = False,
 ) -> Model:
   """Rounded to nearest in integers: the same layers as FPQ's, ranges from the largest values.
@@ -72,6 +73,7 @@ def integer_model(
     bits: of weights and activations.
     embedding_bits: of the table of tokens; None leaves it.
     segment_ids: int32 [samples, seq], 0 for padding.
+    token_types: of an encoder, int32 [samples, seq], 1 for the second text of a pair.
     smoothquant: scale a decoder's channels by SmoothQuant's rule first.
   """
   format, activation_format = IntegerFormat(bits), ActivationFormat(bits, "per_tensor")
@@ -86,11 +88,12 @@ def integer_model(
     return quantized
 
   model = untie(model)
-  outer = outer_inputs(model, inputs, segment_ids)
+  ids = {"segment_ids": segment_ids, "token_types": token_types}
+  outer = outer_inputs(model, inputs, **ids)
   recorded, rows = ({path: pair[i] for path, pair in outer.items()} for i in (0, 1))
   ranges = _ranges(recorded, rows, activation_format)
   quantized = calibration.quantize_model(
-    model, inputs, quantize_block, stream="full_precision", segment_ids=segment_ids
+    model, inputs, quantize_block, stream="full_precision", **ids
   )
   kernels = get_kernels(quantized, list(outer))
   pack_linears(quantized, {path: _rtn(kernel, format) for path, kernel in kernels.items()})

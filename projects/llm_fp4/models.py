@@ -130,6 +130,7 @@ def search_model(
   *,
   embedding_bits: int | None,
   segment_ids: Array | None = None,
+  token_types: Array | None = None,
 ) -> ModelSearch:
   """Searches the blocks, what is around them (head, pooler, classifier) and the embeddings.
 
@@ -139,6 +140,7 @@ def search_model(
     settings: what to search.
     embedding_bits: of the table of tokens; None leaves it.
     segment_ids: int32 [samples, seq], 0 for padding.
+    token_types: of an encoder, int32 [samples, seq], 1 for the second text of a pair.
 
   Raises:
     UserError: the model is of another kind, or something is not finite.
@@ -157,8 +159,9 @@ def search_model(
     linears.update({f"blocks.{index}.{path}": search for path, search in found.items()})
     return block
 
-  calibration.quantize_model(model, inputs, block, stream="full_precision", segment_ids=segment_ids)
-  for path, (x, rows) in outer_inputs(model, inputs, segment_ids).items():
+  ids = {"segment_ids": segment_ids, "token_types": token_types}
+  calibration.quantize_model(model, inputs, block, stream="full_precision", **ids)
+  for path, (x, rows) in outer_inputs(model, inputs, **ids).items():
     linears[path] = search_layer(get_module(model, path), x, rows, settings)
   embedding = None
   if embedding_bits is not None and hasattr(model, "embed_tokens"):
@@ -185,11 +188,9 @@ def apply_to_model(
   return model
 
 
-def fpq(model: Model, inputs: Array, settings: FPQSettings, *, embedding_bits, segment_ids=None):
-  """Search and application together: the quantized copy of a model, see `search_model`."""
-  found = search_model(
-    model, inputs, settings, embedding_bits=embedding_bits, segment_ids=segment_ids
-  )
+def fpq(model: Model, inputs: Array, settings: FPQSettings, *, embedding_bits, **ids):
+  """Search and application together: the quantized copy of a model; arguments of `search_model`."""
+  found = search_model(model, inputs, settings, embedding_bits=embedding_bits, **ids)
   return apply_to_model(model, found, settings, embedding_bits=embedding_bits)
 
 
@@ -205,14 +206,18 @@ def untie(model: Model) -> Model:
 
 
 def outer_inputs(
-  model: Model, inputs: Array, segment_ids: Array | None = None
+  model: Model,
+  inputs: Array,
+  segment_ids: Array | None = None,
+  token_types: Array | None = None,
 ) -> dict[str, tuple[Array, np.ndarray]]:
   """Inputs of the linears around the blocks: {path: ([..., in], which of its rows are no padding)}.
 
   Args: as of `search_model`.
   """
   paths = tuple(path for path in linear_paths(model) if not path.startswith("blocks."))
-  options = {} if segment_ids is None else {"segment_ids": segment_ids}
+  ids = {"segment_ids": segment_ids, "token_types": token_types}
+  options = {name: i for name, i in ids.items() if i is not None}
   found = {}
   for path, x in _record(*nnx.split(model), inputs, options, paths).items() if paths else ():
     # What has no axis of tokens (a pooler's input) has no padding.

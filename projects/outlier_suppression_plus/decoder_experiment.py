@@ -150,7 +150,7 @@ def compare_methods(
 ) -> None:
   """One setting's table, figure and claims."""
   settings = settings_of(config, name)
-  methods = main_methods(config, settings, None, calibration_loss)
+  methods = main_methods(config, settings, {}, calibration_loss)
   measured = measure(methods, draws, windows)
   measured = {"full precision": [draw.full for draw in draws]} | measured
   rows = loss_rows(measured, draws)
@@ -228,7 +228,7 @@ def without_asymmetry(
   chosen = ("MinMax", "ZeroQuant", "OS+, scale only", "OS+")
   rows = []
   for name in config.settings[:2]:
-    methods = main_methods(config, settings_of(config, name), None, calibration_loss)
+    methods = main_methods(config, settings_of(config, name), {}, calibration_loss)
     methods = {method: methods[method] for method in chosen if method in methods}
     for variant, draws in variants.items():
       measured = measure(methods, draws, windows)
@@ -289,7 +289,7 @@ def compare_families(config: ConfigDict, name: str, report: Report) -> None:
   chosen = ("MinMax", "ZeroQuant", "SmoothQuant", "OS+")
   rows = []
   for setting in config.other_settings:
-    methods = main_methods(config, settings_of(config, setting), None, calibration_loss)
+    methods = main_methods(config, settings_of(config, setting), {}, calibration_loss)
     measured = measure({m: methods[m] for m in chosen if m in methods}, draws, windows)
     rows += [[setting, *row] for row in loss_rows(measured, draws)]
     nothing = "MinMax" if "MinMax" in measured else "ZeroQuant"
@@ -319,7 +319,7 @@ def sample_efficiency(
     changed = config.copy_and_resolve_references()
     changed.calibration_samples = size
     draws = [make_draw(changed, base, windows, seed, shift) for seed in config.seeds]
-    methods = main_methods(config, settings, None, calibration_loss)
+    methods = main_methods(config, settings, {}, calibration_loss)
     methods = {m: methods[m] for m in ("SmoothQuant", "OS+, scale only", "OS+")}
     for row in loss_rows(measure(methods, draws, windows), draws):
       curves[row[0]].append((row[2], row[3] or 0.0))

@@ -61,9 +61,7 @@ def compare_on_retrieval(
   measured = {}
   for name, seed in track(jobs, "encoder", console=Console(stderr=True)):
     texts = calibrations[seed]
-    methods = main_methods(
-      config, settings_of(config, name), texts.segment_ids, hidden_error(texts)
-    )
+    methods = main_methods(config, settings_of(config, name), ids_of(texts), hidden_error(texts))
     for label in [method for method in config.encoder_methods if method in methods]:
       method = methods[label]
       embedded = embed(method(model, texts.tokens))
@@ -129,12 +127,16 @@ def ndcg(embedded, collection: Collection) -> float:
   return float(retrieval_ndcg(*embedded, collection).mean())
 
 
+def ids_of(texts: Texts) -> dict[str, np.ndarray]:
+  """What texts have beside their tokens, by the names of an encoder's arguments."""
+  return {"segment_ids": texts.segment_ids, "token_types": texts.token_types}
+
+
 def hidden_error(texts: Texts):
   """The loss that chooses the baselines' hyper-parameters: mean squared error of the outputs."""
 
   def loss(model, quantized, tokens):
-    ids = {"segment_ids": texts.segment_ids, "token_types": texts.token_types}
-    error = _hidden(model, tokens, ids) - _hidden(quantized, tokens, ids)
+    error = _hidden(model, tokens, ids_of(texts)) - _hidden(quantized, tokens, ids_of(texts))
     mask = (texts.segment_ids != 0)[..., None]
     return float(jnp.sum(error**2 * mask) / mask.sum())
 
@@ -172,10 +174,9 @@ def compare_on_task(config: ConfigDict, model: Encoder, tokenizer, report: Repor
     yield "full precision", None, model
     for name in config.encoder_settings:
       settings = settings_of(config, name)
-      methods = main_methods(
-        config, settings, task.calibration.segment_ids, hidden_error(task.calibration)
-      )
+      texts = task.calibration
+      methods = main_methods(config, settings, ids_of(texts), hidden_error(texts))
       for label in [method for method in config.encoder_methods if method in methods]:
-        yield label, name, methods[label](model, task.calibration.tokens)
+        yield label, name, methods[label](model, texts.tokens)
 
   report.tables.append(task_table(config.encoder, "setting", task, models()))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from flax import nnx
@@ -60,21 +60,21 @@ def settings_of(config: ConfigDict, name: str) -> Settings:
 
 
 def main_methods(
-  config: ConfigDict, settings: Settings, segment_ids: Array | None, loss
+  config: ConfigDict, settings: Settings, ids: Mapping[str, Array], loss
 ) -> dict[str, Quantize]:
   """The method, its two halves, and the baselines.
 
   Args:
     config: the run's.
     settings: of Outlier Suppression+.
-    segment_ids: of the calibration inputs, None without padding.
+    ids: what the calibration inputs have beside tokens, `segment_ids` and `token_types` of `quantize`.
     loss: (original model, quantized model, calibration inputs) -> float, by which the baselines'
       hyper-parameters are chosen.
   """
 
   def with_changes(**changes) -> Quantize:
     changed = dataclasses.replace(settings, **changes)
-    return lambda model, inputs: quantize(model, inputs, changed, segment_ids=segment_ids)[0]
+    return lambda model, inputs: quantize(model, inputs, changed, **ids)[0]
 
   def chosen(candidates, changes: Callable[[float], dict]) -> Quantize:
     def run(model, inputs):

@@ -259,6 +259,7 @@ def quantize(
   settings: Settings,
   *,
   segment_ids: Array | None = None,
+  token_types: Array | None = None,
 ) -> tuple[Decoder | Encoder, list[dict[str, ShiftAndScale]]]:
   """A quantized copy of the model, and the shifts and scales of every block.
 
@@ -267,6 +268,7 @@ def quantize(
     inputs: calibration tokens, int32 [samples, seq].
     settings: formats and method.
     segment_ids: int32 [samples, seq], 0 for padding.
+    token_types: of an encoder, int32 [samples, seq], 1 for the second text of a pair.
 
   Raises:
     UserError: see `check_model`.
@@ -282,7 +284,8 @@ def quantize(
     norm = block.mlp_norm
     return quantized
 
-  quantized = quantize_model(model, inputs, block, stream="quantized", segment_ids=segment_ids)
+  ids = {"segment_ids": segment_ids, "token_types": token_types}
+  quantized = quantize_model(model, inputs, block, stream="quantized", **ids)
   if config.norm_placement == "post":
     fold_inputs(quantized)
   return quantized, found

@@ -40,7 +40,7 @@ def quantize(checkpoint, out, *flags):
 
 def test_a_checkpoint_is_quantized_and_loads(checkpoint, tmp_path):
   out = tmp_path / "quantized"
-  flags = ("--method=flexround", "--bits=3", "--steps=4")
+  flags = ("--method=flexround", "--bits=3", "--steps=4", "--sample_memory=pinned_host")
   result = quantize(checkpoint, out, *flags)
   assert result.returncode == 0, result.stderr
   original, quantized = load_decoder(checkpoint), load_decoder(out)
@@ -60,4 +60,9 @@ def test_flags_that_do_not_belong_together(checkpoint, tmp_path):
   result = quantize(checkpoint, tmp_path / "out", "--method=flexround", "--search=found")
   assert result.returncode == 2
   assert "--search belongs to --method=awq, not flexround" in result.stderr
+  result = quantize(checkpoint, tmp_path / "out", "--sample_memory=disk")
+  assert result.returncode == 2
+  assert result.stderr == (
+    "error: sample_memory='disk' is not supported; supported: device, pinned_host\n"
+  )
   assert not list(tmp_path.iterdir())

@@ -11,14 +11,18 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import openai
 import pytest
 
-from common.checkpoints.huggingface import save_model
+from apps.quantization.methods import Options, make_method
+from common.checkpoints.huggingface import Checkpoint, load_decoder, save_model
 from common.data.tokenizer import load_tokenizer
+from common.quantization.checkpoint import quantize_checkpoint
 from projects.specdec_pp.head_training import save_head
 from projects.specdec_pp.specdec_pp import init_head
-from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
+from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=512)
@@ -35,12 +39,24 @@ def checkpoint(tmp_path_factory):
   return path
 
 
+@pytest.fixture(scope="module")
+def integer_checkpoint(checkpoint, tmp_path_factory):
+  """The same with symmetric weights and inputs of 8 bits, as `./run.sh quantize` makes it."""
+  path, source = tmp_path_factory.mktemp("quantized") / "llama", Checkpoint(checkpoint)
+  options = Options(bits=8, group_size=16, activation_bits=8, symmetric=True)
+  method = make_method("rtn", source.config, options)
+  tokens = jnp.asarray(random_tokens(source.config, 2))
+  settings = {"method": "rtn"}
+  quantize_checkpoint(source, path, tokens, method.quantize_block, settings=settings)
+  return path
+
+
 @contextlib.contextmanager
-def serve(*flags):
+def serve(*flags, **environment):
   process = subprocess.Popen(
     [sys.executable, "-m", "apps.serve", *flags],
     cwd=ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -79,6 +95,28 @@ def test_a_server_answers_and_ends_what_it_began(checkpoint):
     # Uvicorn ends by the signal that it was sent, once all is done.
     assert process.wait(30) == -signal.SIGTERM
     assert "Traceback" not in process.stderr.read()
+
+
+def test_integer_products_serve_the_same_model(integer_checkpoint, tmp_path):
+  """The likeliest tokens are as likely as by the rounded weights and inputs in floating point."""
+  flags = (f"--model={integer_checkpoint}", "--port=0", "--slots=1", "--max_length=32")
+  with serve(*flags, "--integer_products", JAX_DUMP_IR_TO=str(tmp_path)) as process:
+    found = re.fullmatch(r"llama is at (http://127.0.0.1:\d+/v1)\n", process.stdout.readline())
+    assert found, process.stderr.read()
+    with openai.OpenAI(base_url=found[1], api_key="none", max_retries=0) as client:
+      request = {"model": "llama", "prompt": "import", "max_tokens": 4, "temperature": 0}
+      (choice,) = client.completions.create(**request, logprobs=1).choices
+  # What the server has lowered: int8 products with int32 sums.
+  programs = [file.read_text() for file in tmp_path.glob("*.mlir")]
+  assert any(re.search(r"dot_general.*xi8>, .*xi8>\) -> .*xi32>", text) for text in programs)
+  model, tokenizer = load_decoder(integer_checkpoint), load_tokenizer(str(integer_checkpoint))
+  tokens, expected = tokenizer.encode("import").ids, []
+  for _ in choice.logprobs.tokens:
+    log_probs = jax.nn.log_softmax(model(jnp.array([tokens]))[0][0, -1])
+    tokens.append(int(log_probs.argmax()))
+    expected.append(log_probs[tokens[-1]])
+  # Sums in another order, and now and then a code on the other side of a tie.
+  np.testing.assert_allclose(choice.logprobs.token_logprobs, expected, atol=0.02)
 
 
 def test_flags_that_cannot_be(checkpoint, tmp_path):

@@ -278,7 +278,7 @@ def test_settings_of_the_paper():
   group = settings_of(config, "W4A4 per group")
   assert group.weights.group_size == group.activations.group_size == 32
   assert not group.quantize_bmm
-  static = main_methods(config, six, None, None)
+  static = main_methods(config, six, {}, None)
   assert {"MinMax", "percentile", "SmoothQuant", "Outlier Suppression", "OS+"} <= set(static)
 
 

@@ -1,6 +1,7 @@
 """Classification of texts: files, padding, classes, scores; in the papers that report them."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tokenizers
 from common.checkpoints.huggingface import Checkpoint
 from common.errors import UserError
 from common.evaluation.text_classification import encode_texts, predict, read_task, scores
+from common.quantization import calibration
 from projects.flexround import config as flexround_config
 from projects.flexround import experiment as flexround_experiment
 from projects.llm_fp4 import config as llm_fp4_config
@@ -108,3 +110,40 @@ def test_the_task_of_a_paper(module, experiment, changes, classifier, model, tok
   assert 0 < found[0] < 1
   # 8 bits change the class of one text in twelve at most.
   assert all(abs(row[2] - found[0]) < 0.1 for row in table.rows)
+
+
+class Stop(Exception):
+  pass
+
+
+@pytest.mark.parametrize(
+  "module, experiment",
+  (
+    (osp_config, osp_experiment),
+    (llm_fp4_config, llm_fp4_experiment),
+    (flexround_config, flexround_experiment),
+  ),
+)
+def test_a_paper_is_calibrated_on_pairs_as_they_are(
+  module, experiment, classifier, model, tokenizer, tmp_path
+):
+  """The second text has another type in calibration too."""
+  items = [json.loads(line) for line in classifier[1].read_text().splitlines()]
+  path = tmp_path / "pairs.jsonl"
+  path.write_text("\n".join(json.dumps(item | {"second": "w7 w8 w9"}) for item in items))
+  config, seen = module.get_config("encoder"), []
+  config.encoder, config.labelled_fields = str(classifier[0]), ("sentence", "second", "label")
+  config.labelled_train = config.labelled_test = str(path)
+
+  def quantize_blocks(outer, blocks, tokens, quantize_block, **options):
+    seen.append((tokens, options["segment_ids"], options["token_types"]))
+    raise Stop
+
+  with mock.patch.object(calibration, "quantize_blocks", quantize_blocks), pytest.raises(Stop):
+    experiment.run(config, tmp_path)
+  task = read_task(
+    str(path), str(path), config.labelled_fields, model, tokenizer, length=32, num_calibration=12
+  )
+  assert set(np.unique(task.calibration.token_types)) == {0, 1}
+  for found, expected in zip(*seen, task.calibration, strict=True):
+    np.testing.assert_array_equal(found, expected)

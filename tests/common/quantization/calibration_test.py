@@ -1,4 +1,7 @@
+import dataclasses
 import gc
+import importlib.util
+import math
 import weakref
 from unittest import mock
 
@@ -8,10 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from common.compilation.compile_only import compile_step
+from common.compilation.step import Step
+from common.compilation.topology import tpu_slice
 from common.errors import UserError
 from common.models.decoder import Block, make_context
 from common.models.encoder import Encoder, EncoderConfig
+from common.models.sharding import batch_sharding, place
 from common.models.surgery import get_module, linear_paths
 from common.models.vit import VisionTransformer, VisionTransformerConfig
 from common.quantization import calibration, rtn
@@ -30,6 +38,8 @@ from common.quantization.equivalent import fold_scale, scaling_groups, smoothqua
 from common.quantization.gptq import gptq, hessian
 from common.quantization.linear import get_kernels, quantized_weights, set_kernels
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reconstruction import in_host_memory
+from common.training.mesh import make_mesh
 from tests.common.models.small_decoders import (
   ARCHITECTURES,
   random_decoder,
@@ -216,6 +226,21 @@ def test_an_encoder_is_walked_with_its_padding():
     np.testing.assert_allclose(a.dequantize(), b.dequantize(), atol=1e-4)
 
 
+def test_an_encoder_is_walked_with_its_types_of_tokens():
+  model, tokens, segment_ids = padded_encoder()
+  ids = {"segment_ids": segment_ids, "token_types": jnp.zeros_like(tokens).at[:, 2:].set(1)}
+  streams = []
+
+  def keep(index, block, x, context):
+    streams.append((x, context))
+    return block
+
+  quantize_model(model, tokens, keep, stream="full_precision", **ids)
+  last = run_block(model.blocks[-1], *streams[-1])
+  np.testing.assert_allclose(last, model(tokens, **ids).hidden, **CLOSE)
+  assert np.abs(last - model(tokens, segment_ids=segment_ids).hidden).max() > 0.01
+
+
 def test_a_vision_transformer_is_walked():
   config = VisionTransformerConfig(
     image_size=(8, 8),
@@ -368,3 +393,51 @@ def test_the_tensor_that_is_not_finite_is_named(model, x):
     check_finite(broken)
   with pytest.raises(UserError, match="the calibration activations: NaN"):
     check_finite(block, x.at[0, 0, 0].set(jnp.inf))
+
+
+def test_activations_in_host_memory_give_the_same_bits(model, tokens):
+  """Streams, and what is recorded of them; `quantize_block` is given them there."""
+
+  def walk(sample_memory):
+    seen = []
+
+    def quantize_block(index, block, x, context):
+      assert {stream.sharding.memory_kind for stream in x} == {sample_memory}
+      check_finite(block, x.quantized)
+      hessians = block_hessians(block, x.quantized, context, ["mlp.down_proj"])
+      seen.append((x, hessians, block_inputs(block, x.full_precision, context)))
+      return rtn_block(block, FORMAT)
+
+    quantize_model(model, tokens, quantize_block, stream="both", sample_memory=sample_memory)
+    assert len(seen) == LLAMA.num_layers > 1
+    return jax.device_get(seen)
+
+  jax.tree.map(np.testing.assert_array_equal, walk("pinned_host"), walk("device"))
+
+
+def test_on_a_tpu_only_a_pass_of_activations_in_host_memory_is_copied():
+  """As its compiler counts the memory of a chip."""
+  if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu is not installed")
+  config = dataclasses.replace(LLAMA, hidden_size=128)
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: Block(config, nnx.Rngs(0))))
+  mesh = make_mesh({"data": -1}, tpu_slice("v5e:1x1").devices)
+  where = batch_sharding(mesh).with_memory_kind("pinned_host")
+  x = jax.ShapeDtypeStruct((1024, 16, 128), jnp.float32, sharding=where)
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  put = lambda tree: place(tree, jax.tree.map(lambda _: everywhere, tree))
+  step = lambda state, x, context: run_block(nnx.merge(graphdef, state), x, context)
+  arguments = put(state), x, put(context_of(config, x))
+  memory = compile_step(Step("run a block", step, arguments)).memory
+  assert memory.outputs == 0 and memory.total < 0.5 * math.prod(x.shape) * x.dtype.itemsize
+
+
+def test_activations_in_host_memory_that_are_not_finite_are_named(model, x):
+  check_finite(model.blocks[0], in_host_memory(x))
+  with pytest.raises(UserError, match="the calibration activations: NaN"):
+    check_finite(model.blocks[0], in_host_memory(x.at[3, 0, 0].set(jnp.nan)))
+
+
+def test_a_memory_that_does_not_exist_is_an_error(model, tokens):
+  with pytest.raises(UserError, match="sample_memory='disk'.*device, pinned_host"):
+    quantize_model(model, tokens, None, stream="both", sample_memory="disk")

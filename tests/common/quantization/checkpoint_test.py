@@ -59,12 +59,16 @@ def folders(path):
 
 
 @pytest.mark.parametrize(
-  "quantize_block, stream", ((rtn, "full_precision"), (gptq, "quantized")), ids=("rtn", "gptq")
+  "quantize_block, stream, sample_memory",
+  ((rtn, "full_precision", "device"), (gptq, "quantized", "pinned_host")),
+  ids=("rtn", "gptq, from the host's memory"),
 )
 def test_equals_quantizing_the_model_in_memory(
-  quantize_block, stream, model, source, tokens, tmp_path
+  quantize_block, stream, sample_memory, model, source, tokens, tmp_path
 ):
-  quantize_checkpoint(source, tmp_path / "out", tokens, quantize_block, stream=stream, **AUTOAWQ)
+  out = tmp_path / "out"
+  options = AUTOAWQ | {"stream": stream, "sample_memory": sample_memory}
+  quantize_checkpoint(source, out, tokens, quantize_block, **options)
   assert folders(tmp_path) == ["out"]
   loaded = load_decoder(tmp_path / "out")
   expected = quantize_model(model, tokens, quantize_block, stream=stream)

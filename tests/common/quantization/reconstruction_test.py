@@ -1,5 +1,7 @@
 import dataclasses
 import functools
+import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from common.quantization.quantized_kernel import (
 from common.quantization.reconstruction import (
   Learned,
   ReconstructionSettings,
+  check_sample_memory,
   in_host_memory,
   reconstruct,
   samples_at,
@@ -207,6 +210,15 @@ def test_of_samples_in_host_memory_only_the_batch_is_copied():
 def test_an_unknown_memory_is_an_error():
   with pytest.raises(UserError, match="sample_memory='disk'.*device, pinned_host"):
     ReconstructionSettings(num_steps=1, batch_size=1, sample_memory="disk")
+
+
+def test_a_memory_that_the_backend_does_not_have_is_an_error():
+  device = mock.Mock(platform="metal")
+  device.addressable_memories.return_value = [types.SimpleNamespace(kind="device")]
+  with mock.patch.object(jax, "local_devices", return_value=[device]):
+    check_sample_memory("device")
+    with pytest.raises(UserError, match="'pinned_host': the backend metal has device memory only"):
+      check_sample_memory("pinned_host")
 
 
 def test_blocks_of_one_shape_compile_once(problem):

@@ -1,0 +1,41 @@
+"""LLM-FP4's table of a sentence encoder, with a small encoder in the place of every quantized one."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+
+from common.errors import UserError
+from common.paths import data_dir
+from projects.llm_fp4 import config as llm_fp4_config
+from projects.llm_fp4 import encoder_experiment
+from tests.common.models.small_classifier import write_classifier
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_retrieval_and_domains_of_a_sentence_encoder(tmp_path):
+  try:
+    data_dir("vaswani_npl")
+  except UserError as e:
+    pytest.skip(str(e))
+  config = llm_fp4_config.get_config("encoder")
+  config.encoder = str(write_classifier(tmp_path)[0])
+  config.update({"queries": 4, "documents": 20, "encoder_samples": 4, "encoder_length": 8})
+  config.encoder_bits = (8,)
+  report = SimpleNamespace(tables=[], claims=[])
+
+  def same(config, model, tokens, **ids):
+    for method in (encoder_experiment.MINMAX_INT, *encoder_experiment.FLOAT_METHODS):
+      yield method, 8, model
+
+  with mock.patch.object(encoder_experiment, "quantized_models", same):
+    encoder_experiment.compare_on_encoder(config, report)
+  (table,) = report.tables
+  full, *others = (row[2:] for row in table.rows)
+  assert len(others) == 4 and all(row == pytest.approx(full) for row in others)
+  cosine, ndcg, accuracy, f1, matthews = full
+  assert cosine == pytest.approx(1) and 0 <= ndcg <= 1 and 0 < accuracy <= 1
+  assert 0 < f1 <= 1 and -1 <= matthews <= 1
+  # Equal encoders: none is nearer, and nothing is lost.
+  assert [claim.holds for claim in report.claims] == [False, False, False, True]
