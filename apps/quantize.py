@@ -26,6 +26,8 @@ other results are in a layout of ours, which every command here reads.
                         memory (pinned_host), from where a few samples at a time come to the chip (for
                         outlier_suppression_plus and qllm all samples, one block at a time); the
                         result is the same
+  --mesh=fsdp=-1        sizes of the mesh axes data, fsdp, tensor: cuts the blocks over the devices of
+                        this machine (default: one device)
   --seed=42             of the calibration draw, of batches and of starts
   --search=FILE         AWQ's search result: read if the file exists, else searched and written
   --steps=0             FlexRound's and FlatQuant's per block; 0 takes the papers', 5000 and 480
@@ -55,6 +57,7 @@ _CALIBRATION = flags.DEFINE_string("calibration", "embedded:prose", "calibration
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 128, "calibration sequences", lower_bound=1)
 _SEQ_LEN = flags.DEFINE_integer("seq_len", 512, "tokens in each sequence", lower_bound=2)
 _SAMPLE_MEMORY = flags.DEFINE_string("sample_memory", "device", "device or pinned_host")
+_MESH = flags.DEFINE_list("mesh", None, "sizes of the mesh axes")
 _SEED = flags.DEFINE_integer("seed", 42, "of the calibration draw, of batches and of starts")
 _SEARCH = flags.DEFINE_string("search", None, "AWQ's search result")
 _STEPS = flags.DEFINE_integer("steps", 0, "FlexRound's and FlatQuant's", lower_bound=0)
@@ -71,6 +74,13 @@ def main(argv: list[str]) -> None:
   if _SEARCH.value and _METHOD.value != "awq":
     raise UserError(f"--search belongs to --method=awq, not {_METHOD.value}")
   cli.prepare_jax()
+  with cli.on_mesh(_MESH.value):
+    quantize()
+  print(f"written to {_OUT.value}")
+
+
+def quantize() -> None:
+  """Writes the checkpoint that the flags describe."""
   import jax.numpy as jnp
   from rich.progress import track
 
@@ -119,7 +129,6 @@ def main(argv: list[str]) -> None:
     track=lambda blocks: track(blocks, "blocks", total=source.config.num_layers),
   )
   method.finish()
-  print(f"written to {_OUT.value}")
 
 
 if __name__ == "__main__":

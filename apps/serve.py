@@ -24,6 +24,8 @@ in a slot of one batch; prompts that wait are read packed, in one pass. Point an
   --max_new_tokens=0    of a text at most; 0: no limit, or half of --max_length with the two above
   --integer_products    layers whose weights and inputs both have symmetric codes of 4, 6 or 8 bits
                         multiply integers (default: where there is an accelerator)
+  --mesh=tensor=4       sizes of the mesh axes data, fsdp, tensor: cuts the models and their caches over
+                        the devices of this machine; tensor=-1 takes all (default: one device)
   --packed_prefill      --nopacked_prefill reads every prompt in a row of its own
   --slots=8             requests that are decoded at the same time
   --max_length=1024     tokens of a prompt and its text together
@@ -66,6 +68,7 @@ _KEY_PRUNING = flags.DEFINE_float("key_pruning", 0, "share of channels", 0, 0.95
 _PROMPT_BUDGET = flags.DEFINE_integer("prompt_budget", 0, "tokens kept", lower_bound=0)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 0, "of a text", lower_bound=0)
 _INTEGER_PRODUCTS = flags.DEFINE_bool("integer_products", None, "of quantized inputs")
+_MESH = flags.DEFINE_list("mesh", None, "sizes of the mesh axes")
 _PACKED_PREFILL = flags.DEFINE_bool("packed_prefill", True, "prompts share rows")
 _SLOTS = flags.DEFINE_integer("slots", 8, "requests at the same time", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer("max_length", 1024, "tokens of a text", lower_bound=2)
@@ -84,6 +87,12 @@ def main(argv: list[str]) -> None:
     raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
   _use_few_arenas()
   cli.prepare_jax()
+  with cli.on_mesh(_MESH.value):
+    serve()
+
+
+def serve() -> None:
+  """Loads the models that the flags name, and serves until a signal ends it."""
   import socket
 
   import uvicorn

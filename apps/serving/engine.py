@@ -5,6 +5,7 @@ What clients do (submit, cancel) only changes the queue and flags, under a lock.
 """
 
 import collections
+import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -176,6 +177,8 @@ class Engine:
     self._cancelled: set[Job] = set()
     self._changed = threading.Condition()
     self._closing = self._failed = False
+    # A mesh is of one thread: what is traced in the engine's is for the mesh that it was made on.
+    self._mesh = jax.sharding.get_mesh()
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
   def warm_up(self) -> Iterator[tuple[int, int]]:
@@ -260,6 +263,11 @@ class Engine:
     return sum(row is not None for row in self._rows)
 
   def _run(self) -> None:
+    # Not an empty one: to JAX that is another setting than none, for which it compiles again.
+    with contextlib.nullcontext() if self._mesh.empty else jax.set_mesh(self._mesh):
+      self._serve()
+
+  def _serve(self) -> None:
     while True:
       with self._changed:
         idle = lambda: not (self._queue or self._cancelled or self.active or self._closing)

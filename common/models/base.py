@@ -239,8 +239,10 @@ def _pretrained(name: str, recipe: Recipe, seed: int) -> BaseModel:
     if not path.exists():
       print(f"pretraining the base model {name} once (seed {seed}): {path}", file=sys.stderr)
       workdir = folder / f"{path.name}.run"
-      trained = _pretrain(graphdef, make()[1], recipe, tokenizer, seed, workdir)
-      losses = _validate(nnx.merge(graphdef, trained), tokenizer)
+      # Every mesh, and none, finds the same model.
+      with jax.set_mesh(None):
+        trained = _pretrain(graphdef, make()[1], recipe, tokenizer, seed, workdir)
+        losses = _validate(nnx.merge(graphdef, trained), tokenizer)
       metadata = {
         "recipe": settings,
         "validation_perplexity": losses.perplexity,

@@ -21,7 +21,7 @@ from flax import nnx
 from common.models.activations import ACTIVATIONS, Activation
 from common.models.attention import merge_heads, split_heads
 from common.models.linear import linear_dot_general
-from common.models.sharding import constrain
+from common.models.sharding import CACHE_ENTRY, constrain
 from kernels.attention.api import attention
 from kernels.attention.masks import Tokens
 
@@ -122,10 +122,12 @@ class KVCache:
 
   @classmethod
   def empty(cls, config: DecoderConfig, batch: int, max_length: int, dtype=jnp.float32):
+    """An empty cache, cut over the current mesh like its batch and its heads."""
     shape = (batch, config.num_kv_heads, max_length, config.head_dim)
+    entry = lambda: constrain(jnp.zeros(shape, dtype), *CACHE_ENTRY)
     return cls(
-      keys=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
-      values=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
+      keys=[entry() for _ in range(config.num_layers)],
+      values=[entry() for _ in range(config.num_layers)],
       positions=jnp.zeros((batch, max_length), jnp.int32),
       segment_ids=jnp.zeros((batch, max_length), jnp.int32),
       length=jnp.zeros((), jnp.int32),

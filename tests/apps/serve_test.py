@@ -97,26 +97,41 @@ def test_a_server_answers_and_ends_what_it_began(checkpoint):
     assert "Traceback" not in process.stderr.read()
 
 
-def test_integer_products_serve_the_same_model(integer_checkpoint, tmp_path):
-  """The likeliest tokens are as likely as by the rounded weights and inputs in floating point."""
-  flags = (f"--model={integer_checkpoint}", "--port=0", "--slots=1", "--max_length=32")
-  with serve(*flags, "--integer_products", JAX_DUMP_IR_TO=str(tmp_path)) as process:
+def greedy(served, *flags, **environment):
+  """A short text's tokens and their log-probabilities, by a server and by the checkpoint itself."""
+  flags = (f"--model={served}", "--port=0", "--slots=2", "--max_length=32", *flags)
+  with serve(*flags, **environment) as process:
     found = re.fullmatch(r"llama is at (http://127.0.0.1:\d+/v1)\n", process.stdout.readline())
     assert found, process.stderr.read()
     with openai.OpenAI(base_url=found[1], api_key="none", max_retries=0) as client:
       request = {"model": "llama", "prompt": "import", "max_tokens": 4, "temperature": 0}
       (choice,) = client.completions.create(**request, logprobs=1).choices
-  # What the server has lowered: int8 products with int32 sums.
-  programs = [file.read_text() for file in tmp_path.glob("*.mlir")]
-  assert any(re.search(r"dot_general.*xi8>, .*xi8>\) -> .*xi32>", text) for text in programs)
-  model, tokenizer = load_decoder(integer_checkpoint), load_tokenizer(str(integer_checkpoint))
+  model, tokenizer = load_decoder(served), load_tokenizer(str(served))
   tokens, expected = tokenizer.encode("import").ids, []
   for _ in choice.logprobs.tokens:
     log_probs = jax.nn.log_softmax(model(jnp.array([tokens]))[0][0, -1])
     tokens.append(int(log_probs.argmax()))
     expected.append(log_probs[tokens[-1]])
+  return choice.logprobs.token_logprobs, expected
+
+
+def test_integer_products_serve_the_same_model(integer_checkpoint, tmp_path):
+  """The likeliest tokens are as likely as by the rounded weights and inputs in floating point."""
+  found, expected = greedy(integer_checkpoint, "--integer_products", JAX_DUMP_IR_TO=str(tmp_path))
+  # What the server has lowered: int8 products with int32 sums.
+  programs = [file.read_text() for file in tmp_path.glob("*.mlir")]
+  assert any(re.search(r"dot_general.*xi8>, .*xi8>\) -> .*xi32>", text) for text in programs)
   # Sums in another order, and now and then a code on the other side of a tie.
-  np.testing.assert_allclose(choice.logprobs.token_logprobs, expected, atol=0.02)
+  np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_a_model_on_a_mesh_is_the_same(checkpoint):
+  environment = {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "JAX_CPU_ENABLE_ASYNC_DISPATCH": "0",
+  }
+  found, expected = greedy(checkpoint, "--mesh=tensor=-1", **environment)
+  np.testing.assert_allclose(found, expected, atol=1e-4)  # Sums in another order.
 
 
 def test_flags_that_cannot_be(checkpoint, tmp_path):
