@@ -27,16 +27,20 @@ PREFILL = [(shape, 2048) for shape in (SQUARE, UP)]
 SMALL_REGION = 24
 
 
-def arguments(shape, bits, rows, group=(128, 1)):
-  """x in bfloat16 [rows, inputs], packed codes, bfloat16 scales and zero points, all abstract."""
+def arguments(shape, bits, rows, group=(128, 1), *, symmetric=False):
+  """x in bfloat16 [rows, inputs], packed codes, bfloat16 scales and zero points, all abstract.
+
+  Symmetric codes have no zero points.
+  """
   inputs, columns = shape
   groups = (inputs // group[0], columns // group[1])
   array = jax.ShapeDtypeStruct
+  zeros = array(groups, packed_dtype(8 if bits == 3 else bits, signed=False))
   return [
     array((rows, inputs), jnp.bfloat16),
-    jax.eval_shape(lambda codes: pack(codes, bits, signed=False), array(shape, jnp.int32)),
+    jax.eval_shape(lambda codes: pack(codes, bits, signed=symmetric), array(shape, jnp.int32)),
     array(groups, jnp.bfloat16),
-    array(groups, packed_dtype(8 if bits == 3 else bits, signed=False)),
+    *([] if symmetric else [zeros]),
   ]
 
 

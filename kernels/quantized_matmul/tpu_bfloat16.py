@@ -174,7 +174,7 @@ def _unit_and_offset(bits: int, *, signed: bool, in_mantissas: bool) -> tuple[fl
   if in_mantissas:
     return 1.0, 2.0**bits + (half if signed else 0.0)
   if bits == 2:
-    return 1.0, half if signed else 0.0
+    return 0.25 if signed else 1.0, 0.0
   if bits == 4:
     return 1.0, 0.0
   return 2.0 ** (bits - 8), 0.0 if signed else -half
@@ -186,8 +186,9 @@ def _converted(values, at: int, bits: int, *, signed: bool) -> Array:
     return values[at : at + LANES].astype(jnp.bfloat16)
   if bits == 2:  # There is no conversion: pairs of bits become 4-bit codes.
     words = pltpu.bitcast(values[at : at + LANES], jnp.int32)
-    if signed:
-      words ^= every(2, 2)
+    if signed:  # With their sign, and so four times as large.
+      pairs = jnp.concatenate([words << 2 & every(4, 12), words & every(4, 12)])
+      return pltpu.bitcast(pairs, jnp.int4).astype(jnp.bfloat16)
     pairs = jnp.concatenate([words & every(4, 3), words >> 2 & every(4, 3)])
     return pltpu.bitcast(pairs, jnp.uint4).astype(jnp.bfloat16)
   return unpacked_codes(values, at, bits).astype(jnp.bfloat16)

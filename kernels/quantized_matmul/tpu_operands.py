@@ -16,6 +16,9 @@ LANES = 128  # Columns of a register, and inputs of the matrix unit.
 ROW_TILE = 16  # Two digits of it fill an 8-bit tile.
 ACTIVATION_BLOCK = 512  # At most; sums over it fit into int32.
 BLOCK_COLUMNS = (512, 256, 128)
+# Fewer operations go around the products of wider blocks, but nothing is computed while the first is
+# read, nor read while the last is computed: they pay where a core has so many steps.
+_WIDE_BLOCK, _WIDE_STEPS = 1024, 8
 VMEM_BYTES = 64 * 2**20
 _BLOCK_INPUTS = 6144  # At most, if not too few are left.
 
@@ -65,11 +68,14 @@ def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
   The groups are of a multiple of 128 inputs, or, if they are smaller, taken together.
   """
   inputs, columns = shape
-  block_columns = next(n for n in BLOCK_COLUMNS if columns % n == 0)
+  blocks = inputs // block_inputs(inputs, group, bits)
   # The cores of a chip share the columns. Of an unknown one, there may be two.
   most = 1 if (info := chip()) and not info.is_megacore else 2
+  block_columns = next(n for n in BLOCK_COLUMNS if columns % n == 0)
+  if columns % _WIDE_BLOCK == 0 and columns // _WIDE_BLOCK * blocks >= most * _WIDE_STEPS:
+    block_columns = _WIDE_BLOCK
   cores = math.gcd(columns // block_columns, most)
-  return cores, columns // block_columns // cores, inputs // block_inputs(inputs, group, bits)
+  return cores, columns // block_columns // cores, blocks
 
 
 def weights(

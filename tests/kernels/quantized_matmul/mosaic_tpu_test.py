@@ -78,9 +78,9 @@ def test_choices_by_chip():
   for kind, cores, converts in [("TPU v5 lite", 1, False), ("TPU v5", 2, False),
                                 ("TPU v6 lite", 1, True)]:  # fmt: skip
     with on_chip(kind, cores):
-      assert tpu_operands.grid((8192, 8192), 128, 4) == (cores, 16 // cores, 2)
+      assert tpu_operands.grid((8192, 8192), 128, 4) == (cores, 8 // cores, 2)
       assert tpu_bfloat16.converts_integers() == converts
-  assert tpu_operands.grid((8192, 8192), 128, 4) == (2, 8, 2)
+  assert tpu_operands.grid((8192, 8192), 128, 4) == (2, 4, 2)
   assert not tpu_bfloat16.converts_integers()
 
 
@@ -139,7 +139,7 @@ def test_three_bits_of_a_large_prime_take_one_block():
   """Llama-2-7B's 11008 = 43 x 256 inputs: 43 steps of a block of 256 would be too short."""
   assert tpu_operands.grid((11008, 4096), 128, 3) == (2, 4, 1)
   assert tpu_operands.grid((11008, 4096), 128, 4) == (2, 4, 2)
-  assert tpu_operands.grid((28672, 8192), 128, 3) == (2, 8, 7)
+  assert tpu_operands.grid((28672, 8192), 128, 3) == (2, 4, 7)
 
 
 @settings(max_examples=6, deadline=None)
