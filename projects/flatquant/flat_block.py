@@ -27,7 +27,6 @@ from projects.flatquant.transforms import (
   Factors,
   FixedRotation,
   KroneckerTransform,
-  LearnedRotation,
   Parametrization,
   RawMatrix,
   SVDMatrix,
@@ -239,7 +238,7 @@ def _matrix(n: int, key: Array, settings: FlatQuantSettings) -> nnx.Module:
     return FixedRotation(hadamard(n))
   if settings.matrices == "inverse":
     return RawMatrix(n, key)
-  return LearnedRotation(n, key) if settings.matrices == "rotation" else SVDMatrix(n, key)
+  return SVDMatrix(n, key, rotation=settings.matrices == "rotation")
 
 
 def _transform_heads(x: Array, matrix: Array) -> Array:

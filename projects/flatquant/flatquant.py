@@ -189,6 +189,9 @@ def reparametrize(flat: FlatBlock, settings: FlatQuantSettings) -> Block:
 
   (In half precision the products of inverses would lose what was learned.)
   """
+  # What is rounded afterwards is no part of the fold: all bits of one cache share a program.
+  flat = nnx.clone(flat)
+  flat.weights = flat.activations = None
   graphdef, state = nnx.split(flat)
   state = jax.device_get(state)
   # On the CPU: accelerators have no float64 solvers.

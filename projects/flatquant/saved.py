@@ -28,6 +28,8 @@ def save_learned(path: str | os.PathLike, blocks: Sequence[FlatBlock]) -> None:
 def load_learned(path: str | os.PathLike, blocks: Sequence[FlatBlock]) -> list[FlatBlock]:
   """Copies of `blocks`, made with the same settings, with the variables that were saved.
 
+  (A learned rotation also starts from a matrix that is not saved: `blocks` need its key as well.)
+
   Raises:
     UserError: the file is missing or damaged, or its blocks have other variables.
   """

@@ -112,20 +112,30 @@ class Factors(NamedTuple):
 
 
 class SVDMatrix(nnx.Module):
-  """P = U diag(sigma) V^T with U and V by Cayley.
+  """P = U diag(sigma) V^T with U and V by Cayley, or a rotation H Q with Q by Cayley.
 
-  Both R start as random orthogonal matrices (as raw matrices, not as Q) and sigma at 1.
+  Both R start as random orthogonal matrices (as raw matrices, not as the rotations) and sigma at 1.
+  Of a rotation U is H, a Hadamard matrix with random signs, and sigma 1: neither is learned, and
+  V = Q^T starts as the identity. That is what SpinQuant learns (Liu et al., ICLR 2025). Which of both
+  it is, an array says, so that they share compilations.
   """
 
-  def __init__(self, n: int, key: Array):
-    keys = jax.random.split(key)
-    self.raw = Learned(jnp.stack([random_orthogonal(k, n) for k in keys]))
+  def __init__(self, n: int, key: Array, *, rotation: bool = False):
+    if rotation:
+      start, raw = random_hadamard(key, n), np.zeros((2, n, n), np.float32)
+    else:
+      start = np.eye(n, dtype=np.float32)
+      raw = jnp.stack([random_orthogonal(k, n) for k in jax.random.split(key)])
+    self.raw = Learned(jnp.asarray(raw))
     self.sigma = Learned(jnp.ones(n, jnp.float32))
+    self.start = nnx.Param(jnp.asarray(start))
+    self.rotation = nnx.Param(jnp.asarray(rotation))
 
   def matrices(self) -> tuple[Array, Array]:
     """(P, P^-T), [n, n] each."""
     u, v = cayley(self.raw[...])
-    sigma = self.sigma[...]
+    u = jnp.where(self.rotation[...], self.start[...], u)
+    sigma = jnp.where(self.rotation[...], 1, self.sigma[...])
     product = lambda diagonal: jnp.matmul(u * diagonal, v.T, precision="highest")
     return product(sigma), product(1 / sigma)
 
@@ -139,22 +149,6 @@ class RawMatrix(nnx.Module):
   def matrices(self) -> tuple[Array, Array]:
     """(P, P^-T), [n, n] each."""
     return self.raw[...], inverse(self.raw[...]).T
-
-
-class LearnedRotation(nnx.Module):
-  """P = H Q, H a Hadamard matrix with random signs and Q a rotation that starts as the identity.
-
-  What SpinQuant learns (Liu et al., ICLR 2025): orthogonal matrices, from Hadamard matrices on.
-  """
-
-  def __init__(self, n: int, key: Array):
-    self.start = nnx.Param(jnp.asarray(random_hadamard(key, n)))
-    self.raw = Learned(jnp.zeros((n, n), jnp.float32))
-
-  def matrices(self) -> tuple[Array, Array]:
-    """(P, P^-T), which are equal, [n, n] each."""
-    rotation = jnp.matmul(self.start[...], cayley(self.raw[...]), precision="highest")
-    return rotation, rotation
 
 
 class FixedRotation(nnx.Module):

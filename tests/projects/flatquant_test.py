@@ -12,7 +12,7 @@ from flax import nnx
 from common.errors import UserError
 from common.models.base import base_model
 from common.quantization.activations import ActivationFormat, fake_quantize
-from common.quantization.calibration import Streams, run_block
+from common.quantization.calibration import Streams, rtn_block, run_block
 from common.quantization.equivalent import smoothquant_scale
 from common.quantization.linear import quantized_weights
 from common.quantization.online_transforms import (
@@ -48,7 +48,7 @@ from projects.flatquant.kronecker import (
 from projects.flatquant.rotation import rotate_residual
 from projects.flatquant.transforms import (
   Factors,
-  LearnedRotation,
+  SVDMatrix,
   cayley,
   hadamard,
   random_hadamard,
@@ -62,6 +62,7 @@ from tests.common.models.small_decoders import (
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
+README = pathlib.Path(experiment.__file__).parent / "README.md"
 GOLDEN = np.load(
   pathlib.Path(__file__).parents[1] / "golden/flatquant/transform_and_quantizers.npz"
 )
@@ -157,12 +158,13 @@ def test_cost_model():
 
 
 def test_a_learned_rotation_starts_as_hadamard_and_stays_orthogonal():
-  rotation = LearnedRotation(12, jax.random.key(0))
+  rotation = SVDMatrix(12, jax.random.key(0), rotation=True)
   matrices = nnx.jit(lambda rotation: rotation.matrices())
   start, inverse_transpose = map(np.asarray, matrices(rotation))
   np.testing.assert_allclose(start, random_hadamard(jax.random.key(0), 12), atol=1e-6)
   np.testing.assert_array_equal(start, inverse_transpose)
-  rotation.raw[...] = random_matrix(1, 12, 12)
+  # Whatever happens to what it does not use.
+  rotation.raw[...], rotation.sigma[...] = random_matrix(1, 2, 12, 12), random_matrix(2, 12)
   moved = np.asarray(matrices(rotation)[0])
   np.testing.assert_allclose(moved @ moved.T, np.eye(12), atol=1e-5)
   assert np.abs(moved - start).max() > 0.1
@@ -186,17 +188,9 @@ def test_flatness():
 # Blocks.
 
 
-def rounding(bits: int, **changes) -> FlatQuantSettings:
-  cache = ActivationFormat(bits)
-  signed = ActivationFormat(bits, symmetric=True)
-  return FlatQuantSettings(
-    IntegerFormat(bits, symmetric=True), signed, None, cache, cache, **changes
-  )
-
-
-def inputs_of(architecture: str):
+def grouped_query_block():
   """The first block of a random decoder, its inputs and its context."""
-  model = random_decoder(ARCHITECTURES[architecture])
+  model = random_decoder(ARCHITECTURES["qwen2, grouped-query"])
   x, context = model.stem(jnp.asarray(random_tokens(model.config)))
   return model.blocks[0], x, context
 
@@ -220,11 +214,9 @@ def block_and_inputs(draw):
   return draw.model.blocks[0], *draw.model.stem(draw.tokens)
 
 
-@pytest.mark.parametrize(
-  "architecture, matrices", [("qwen2, grouped-query", "svd"), ("llama", "inverse")]
-)
-def test_transforms_leave_the_function(architecture, matrices):
-  block, x, context = inputs_of(architecture)
+@pytest.mark.parametrize("matrices", ["svd", "inverse"])
+def test_transforms_leave_the_function(matrices, block_and_inputs):
+  block, x, context = block_and_inputs if matrices == "inverse" else grouped_query_block()
   settings = FlatQuantSettings(clip=False, matrices=matrices)
   flat = initial_block(block, x, context, jax.random.key(0), settings)
   rng = np.random.default_rng(0)
@@ -252,9 +244,9 @@ def test_no_transforms_and_no_clipping_are_rounding_to_nearest(block_and_inputs,
   np.testing.assert_array_equal(run_block(packed, x, context), run_block(expected, x, context))
 
 
-def test_integer_products_equal_the_fake_quantized_block(block_and_inputs):
+def test_integer_products_equal_the_fake_quantized_block(block_and_inputs, tiny):
   block, x, context = block_and_inputs
-  settings = rounding(8, initial_clip=2.0)
+  settings = methods.settings_of(tiny, "W8A8KV4", initial_clip=2.0)
   flat = initial_block(block, x, context, jax.random.key(0), settings)
   for i, clips in enumerate(flat.input_clips.values()):
     clips.logits[...] = jnp.array([2.0, 0.5 + 0.25 * i])  # The readers of a transform differ.
@@ -437,21 +429,31 @@ def test_quantize_block_is_learning_then_packing(learned):
     pack(flat, arguments["settings"], "awq")
 
 
-def test_saved_transforms_and_folded_blocks_come_back(learned, tmp_path):
-  block, x, context, flat, _, arguments = learned
-  settings = arguments["settings"]
-  fresh = initial_block(block, x, context, jax.random.key(9), settings)
+def test_the_readme_s_code_finishes_a_saved_run(tiny_run, draw, learned):
+  """The saved transforms are those learned, the saved blocks their folds, which are rounded."""
+  code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+  names = {"model": draw.model, "tokens": draw.tokens, "workdir": tiny_run[1]}
+  exec(code.replace("natural", "outlier"), names)
+  settings, flats = names["settings"], names["learned"]
+  first = (nnx.state(flat, Learned) for flat in (flats[0], learned[3]))
+  jax.tree.map(np.testing.assert_array_equal, *first)
+  for flat, folded, packed in zip(flats, names["folded"], names["quantized"].blocks, strict=True):
+    expected = nnx.state(reparametrize(flat, settings))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(folded), expected)
+    rounded = rtn_block(folded, settings.weights)
+    flat.quantize_inputs(rounded)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(packed), nnx.state(rounded))
+
+
+def test_other_files_are_not_loaded(learned, tmp_path):
+  flat = learned[3]
   saved.save_learned(tmp_path / "learned", [flat])
-  (loaded,) = saved.load_learned(tmp_path / "learned", [fresh])
-  for a, b in zip(
-    jax.tree.leaves(nnx.state(loaded, Learned)), jax.tree.leaves(nnx.state(flat, Learned))
-  ):
-    np.testing.assert_array_equal(a, b)
-  folded = reparametrize(flat, settings)
-  saved.save_folded(tmp_path / "folded", [folded])
-  (again,) = saved.load_folded(tmp_path / "folded", [reparametrize(fresh, settings)])
-  np.testing.assert_array_equal(run_block(again, x, context), run_block(folded, x, context))
   with pytest.raises(UserError, match="nothing for blocks.1"):
-    saved.load_learned(tmp_path / "learned", [fresh, fresh])
+    saved.load_learned(tmp_path / "learned", [flat, flat])
+  with pytest.raises(UserError, match="too many"):
+    saved.load_learned(tmp_path / "learned", [])
+  (tmp_path / "learned").write_bytes(b"1234")
+  with pytest.raises(UserError, match="not a file of saved transforms"):
+    saved.load_learned(tmp_path / "learned", [flat])
   with pytest.raises(UserError, match="does not exist"):
-    saved.load_learned(tmp_path / "none", [fresh])
+    saved.load_learned(tmp_path / "none", [flat])

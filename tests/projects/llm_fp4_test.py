@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -175,10 +176,9 @@ def test_steps_of_the_official_pre_shifted_search(bits, gamma_index):
     return problem.channel_bias, first, second, search, rounded
 
   channels, first, second, search, rounded = steps(w, x)
-  found = channels[activation_format]
-  np.testing.assert_allclose(found, golden("fpq", bits, "a_bias_channel"), atol=1e-5)
-  found = first.weight_bias[weight_format]
-  np.testing.assert_allclose(found, golden("fpq", bits, "w_bias"), rtol=1e-5)
+  channels, weight_bias = channels[activation_format], first.weight_bias[weight_format]
+  np.testing.assert_allclose(channels, golden("fpq", bits, "a_bias_channel"), atol=1e-5)
+  np.testing.assert_allclose(weight_bias, golden("fpq", bits, "w_bias"), rtol=1e-5)
   rho = second.tensor_bias[activation_format]
   np.testing.assert_allclose(rho, golden("fpq", bits, "a_interval")[0], rtol=1e-5)
   expected = golden("fpq", bits, "xq").reshape(x.shape)
@@ -226,9 +226,8 @@ def test_the_quantizer(bits):
   x = np.float32(np.sort(np.random.default_rng(0).normal(size=200) * 4))
   formats = llm_fp4.float_formats(bits)
   biases = [float(bias_of(format, 3.0)) for format in formats]
-  expected = jax.jit(
-    lambda x, biases: [float_format.fake_quantize(x, *each) for each in zip(formats, biases)]
-  )(x, biases)
+  rounded = lambda x, biases: [float_format.fake_quantize(x, *b) for b in zip(formats, biases)]
+  expected = jax.jit(rounded)(x, biases)
   for index, bias in enumerate(biases):
     found = np.asarray(quantize(x, bits, index, bias))
     np.testing.assert_allclose(found, expected[index], rtol=1e-6)
@@ -264,16 +263,14 @@ def test_candidates_on_either_grid():
   np.testing.assert_allclose(on_bias, gammas[:, None] * start[:, None], rtol=1e-5, atol=1e-6)
   on_maximum = np.asarray(candidates(start, FPQSettings(param="maxval_gamma")))
   e2m1_max = lambda bias: 1.5 * 2.0 ** (3 - bias)
-  np.testing.assert_allclose(
-    e2m1_max(on_maximum), gammas[:, None] * e2m1_max(start)[:, None], rtol=1e-4
-  )
+  expected = gammas[:, None] * e2m1_max(start)[:, None]
+  np.testing.assert_allclose(e2m1_max(on_maximum), expected, rtol=1e-4)
 
 
 def test_search_against_trying_everything():
   """The last steps' choices are the best of all formats and gammas, tried one by one."""
   w, x = layer()
-  x_max = largest(x)
-  search = search_linear(w, x, x_max, SETTINGS)
+  search = search_linear(w, x, largest(x), SETTINGS)
   x64, w64 = np.asarray(x, np.float64), np.asarray(w, np.float64)
   y = x64 @ w64
   formats = llm_fp4.float_formats(4)
@@ -293,7 +290,7 @@ def test_search_against_trying_everything():
                              rtol=1e-4)  # fmt: skip
   found = float(search.output_error) * (y**2).mean()
   for (i, format), g in itertools.product(enumerate(formats), gammas):
-    channel = bias_of(format, x_max)
+    channel = bias_of(format, largest(x))
     rho = g * channel.min()
     low = np.round(rho)
     high = low + 2**format.exponent_bits - 1
@@ -324,7 +321,7 @@ def test_folded_layer_equals_the_simulated_one(how):
   search = search_linear(w, x, largest(x), settings)
   assert np.max(search.offsets) > 0
   linear = linear_of(w)
-  simulated, folded = FPQLinear(linear, search, settings), fold(linear, search, settings)
+  simulated, folded = (make(linear, search, settings) for make in (FPQLinear, fold))
   codes = jax.eval_shape(folded.encode_input, x)
   assert folded.values[...].dtype == codes.dtype == jnp.uint4
   expected, product = np.asarray(run(simulated, x)), x @ w
@@ -345,9 +342,8 @@ def test_channels_of_zeros_stay_zeros():
 
 def test_table_search_is_the_best_of_all():
   table, _ = layer(channels=20, outputs=8)
-  index, bias, errors = jax.jit(llm_fp4.search_table, static_argnums=(1, 2))(
-    table, 4, FPQSettings(grid_size=7)
-  )
+  search_table = jax.jit(llm_fp4.search_table, static_argnums=(1, 2))
+  index, bias, errors = search_table(table, 4, FPQSettings(grid_size=7))
   assert errors.shape == (3, 7)
   rounded = np.asarray(quantize(table, 4, index, bias))
   assert np.mean((table - rounded) ** 2) == pytest.approx(float(errors.min()), rel=1e-5)
@@ -391,11 +387,15 @@ def test_blocks_stream(model, tokens, found):
     np.testing.assert_array_equal(a.activation_bias[...], b.activation_bias[...])
 
 
-def test_a_saved_search_is_the_same_search(found, tmp_path):
-  search_result.save(tmp_path / "s.safetensors", found, SMALL)
-  loaded, settings = search_result.load(tmp_path / "s.safetensors")
-  assert settings == SMALL and loaded.linears.keys() == found.linears.keys()
-  jax.tree.map(np.testing.assert_array_equal, loaded, found)
+def test_the_readme_s_code_quantizes_by_a_saved_search(model, found, tmp_path):
+  search_result.save(tmp_path / "search.safetensors", found, SMALL)
+  readme = pathlib.Path(experiment.__file__).with_name("README.md").read_text()
+  names = {"model": model, "workdir": tmp_path}
+  exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], names)
+  assert names["settings"] == SMALL
+  expected = models.apply_to_model(model, found, SMALL, embedding_bits=4, packed=True)
+  jax.tree.map(np.testing.assert_array_equal, names["search"], found)
+  jax.tree.map(np.testing.assert_array_equal, nnx.state(names["quantized"]), nnx.state(expected))
   (tmp_path / "bad").write_bytes(b"1234")
   with pytest.raises(UserError, match="not an FPQ search result"):
     search_result.load(tmp_path / "bad")
