@@ -179,7 +179,7 @@ def _kernel(query, key, value, query_ids, key_ids, ranges, whole, *refs, rule, s
     sums, largest, total = carry
 
     def score(accumulator):
-      plgpu.wgmma(accumulator, q.at[warpgroup], plgpu.transpose_ref(k, (1, 0)))
+      plgpu.wgmma(accumulator, q.at[warpgroup], k.T)
       return accumulator[...]
 
     scores = pl.run_scoped(score, plgpu.ACC((_ROWS, _KEY_BLOCK), jnp.float32))

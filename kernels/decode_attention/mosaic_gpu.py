@@ -292,7 +292,7 @@ def _attend(carry, q, weights, block: dict, wide: dict, slots, span, slopes, sca
 
     return pl.run_scoped(multiply, plgpu.ACC((_ROWS, b.shape[1]), jnp.float32))
 
-  scores = product(q, plgpu.transpose_ref(k, (1, 0))) * (scale * _LOG2_E)
+  scores = product(q, k.T) * (scale * _LOG2_E)
   down = lambda x: lax.broadcast_in_dim(plgpu.layout_cast(x, _OF_ROWS), scores.shape, [0])
   across = lambda x: lax.broadcast_in_dim(plgpu.layout_cast(x, _OF_COLUMNS), scores.shape, [1])
   if "key_scales" in block:

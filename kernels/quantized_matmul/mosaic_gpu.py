@@ -203,7 +203,7 @@ def _decode_kernel(*refs, bits: int | FloatCodes, cut: Plan):
   def accumulate(total):
     def multiply(x, weights):
       # W^T x^T.
-      plgpu.wgmma(total, plgpu.transpose_ref(weights, (1, 0)), plgpu.transpose_ref(x, (1, 0)))
+      plgpu.wgmma(total, weights.T, x.T)
 
     _over_inputs(arrays, weights, multiply, (0, part, column), bits, cut)
     return total[...]
