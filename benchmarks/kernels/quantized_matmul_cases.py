@@ -18,6 +18,7 @@ DECODING = [  # Shape, bits, rows, and how many inputs and outputs share a scale
   *((SQUARE, 8, rows, (128, 1)) for rows in (16, 64)),
   (DOWN, 4, 16, (128, 1)),
   (DOWN, 3, 16, (128, 1)),
+  *((UP, 4, rows, (128, 1)) for rows in (1, 16, 32, 64)),
   *((shape, 4, rows, (128, 1)) for shape in (SQUARE_70B, UP_70B, DOWN_70B) for rows in (16, 64)),
   *((SQUARE, 4, rows, (32, 1)) for rows in (4, 16)),
   *((SQUARE, 4, rows, (64, 1)) for rows in (8, 16)),
@@ -55,5 +56,5 @@ def packed_bytes(arrays, bits) -> float:
 def regions(chip, shape, bits) -> list[int]:
   """How often one core splits activations, starts a sum and ends it (the kernels' `_kernel`)."""
   with on_chip(chip):
-    _, columns, blocks = tpu_operands.grid(shape, 128, bits)
+    _, columns, blocks, _ = tpu_operands.grid(shape, 128, bits)
   return [1] if blocks == 1 else [blocks, columns, columns]

@@ -19,6 +19,7 @@ BLOCK_COLUMNS = (512, 256, 128)
 # Fewer operations go around the products of wider blocks, but nothing is computed while the first is
 # read, nor read while the last is computed: they pay where a core has so many steps.
 _WIDE_BLOCK, _WIDE_STEPS = 1024, 8
+_PADDING = 1 / 20  # Of the columns, at most, that a last block may have beyond them.
 VMEM_BYTES = 64 * 2**20
 _BLOCK_INPUTS = 6144  # At most, if not too few are left.
 
@@ -62,20 +63,24 @@ def chip() -> pltpu.TpuInfo | None:
   return pltpu.get_tpu_info() if pltpu.is_tpu_device() else None
 
 
-def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int]:
-  """Cores, blocks of columns of each and blocks of inputs of weights [inputs, columns].
+def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int, int]:
+  """Cores, blocks of columns of each, blocks of inputs of weights [inputs, columns]; a block's columns.
 
-  The groups are of a multiple of 128 inputs, or, if they are smaller, taken together.
+  The groups are of a multiple of 128 inputs, or, if they are smaller, taken together. The last block of
+  columns may reach beyond the weights: Llama-2-7B's 11008 are 43 x 256, and 22 blocks of 512.
   """
   inputs, columns = shape
   blocks = inputs // block_inputs(inputs, group, bits)
   # The cores of a chip share the columns. Of an unknown one, there may be two.
   most = 1 if (info := chip()) and not info.is_megacore else 2
+  for block_columns in (_WIDE_BLOCK, *BLOCK_COLUMNS):
+    count = -(-columns // block_columns)
+    steps = count * blocks // most
+    padded = count * block_columns <= columns * (1 + _PADDING)
+    if padded and count % most == 0 and (block_columns < _WIDE_BLOCK or steps >= _WIDE_STEPS):
+      return most, count // most, blocks, block_columns
   block_columns = next(n for n in BLOCK_COLUMNS if columns % n == 0)
-  if columns % _WIDE_BLOCK == 0 and columns // _WIDE_BLOCK * blocks >= most * _WIDE_STEPS:
-    block_columns = _WIDE_BLOCK
-  cores = math.gcd(columns // block_columns, most)
-  return cores, columns // block_columns // cores, blocks
+  return 1, columns // block_columns, blocks, block_columns
 
 
 def weights(
@@ -97,8 +102,8 @@ def weights(
     rows, out_rows: of x and of the result.
   """
   columns = values.shape[1]
-  cores, per_core, blocks = grid((inputs, columns), max(group, LANES), bits)
-  block, block_columns = inputs // blocks, columns // per_core // cores
+  cores, per_core, blocks, block_columns = grid((inputs, columns), max(group, LANES), bits)
+  block = inputs // blocks
   of_columns = lambda rows: pl.BlockSpec(
     (rows, block_columns), lambda c, n, k: (0, c * per_core + n)
   )

@@ -78,9 +78,9 @@ def test_choices_by_chip():
   for kind, cores, converts in [("TPU v5 lite", 1, False), ("TPU v5", 2, False),
                                 ("TPU v6 lite", 1, True)]:  # fmt: skip
     with on_chip(kind, cores):
-      assert tpu_operands.grid((8192, 8192), 128, 4) == (cores, 8 // cores, 2)
+      assert tpu_operands.grid((8192, 8192), 128, 4) == (cores, 8 // cores, 2, 1024)
       assert tpu_bfloat16.converts_integers() == converts
-  assert tpu_operands.grid((8192, 8192), 128, 4) == (2, 4, 2)
+  assert tpu_operands.grid((8192, 8192), 128, 4) == (2, 4, 2, 1024)
   assert not tpu_bfloat16.converts_integers()
 
 
@@ -100,6 +100,18 @@ def test_many_rows_of_bfloat16_lose_nothing(bits, group, converts, asymmetric, m
   x = np.random.default_rng(0).normal(size=(33, 1024))
   x[:, 5] *= 1e4
   check(jnp.asarray(x, jnp.bfloat16), packed, exact, bits, x_error=0)
+
+
+@pytest.mark.parametrize("bits, rows", [(4, 3), (3, 3), (4, 40)])
+def test_the_last_block_may_reach_beyond_the_columns(bits, rows, monkeypatch):
+  """As of Llama-2-7B's 11008: of 384 columns in blocks of 256 half of the second."""
+  assert tpu_operands.grid((4096, 11008), 128, 4) == (2, 11, 1, 512)
+  monkeypatch.setattr(tpu_operands, "BLOCK_COLUMNS", (256, 128))
+  monkeypatch.setattr(tpu_operands, "_PADDING", 1 / 2)
+  assert tpu_operands.grid((256, 384), 128, bits) == (2, 1, 1, 256)
+  packed, exact = weights(bits, True, 256, 384, 128)
+  x = np.random.default_rng(0).normal(size=(rows, 256))
+  check(jnp.asarray(x, jnp.bfloat16), packed, exact, bits)
 
 
 def test_float32_dot():
@@ -137,9 +149,9 @@ def test_scales_along_the_output(bits, group, rows, asymmetric, monkeypatch):
 
 def test_three_bits_of_a_large_prime_take_one_block():
   """Llama-2-7B's 11008 = 43 x 256 inputs: 43 steps of a block of 256 would be too short."""
-  assert tpu_operands.grid((11008, 4096), 128, 3) == (2, 4, 1)
-  assert tpu_operands.grid((11008, 4096), 128, 4) == (2, 4, 2)
-  assert tpu_operands.grid((28672, 8192), 128, 3) == (2, 4, 7)
+  assert tpu_operands.grid((11008, 4096), 128, 3) == (2, 4, 1, 512)
+  assert tpu_operands.grid((11008, 4096), 128, 4) == (2, 4, 2, 512)
+  assert tpu_operands.grid((28672, 8192), 128, 3) == (2, 4, 7, 1024)
 
 
 @settings(max_examples=6, deadline=None)
