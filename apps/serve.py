@@ -162,6 +162,7 @@ def serve() -> None:
   )
   host, port = listener.getsockname()[:2]
   address = f"[{host}]" if listener.family == socket.AF_INET6 else host
+  listener.listen()  # Who reads the next line may connect at once.
   print(f"{settings.name} is at http://{address}:{port}/v1", flush=True)
   server.run(sockets=[listener])
 

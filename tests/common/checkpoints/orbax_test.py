@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 
@@ -8,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from common.checkpoints import orbax
 from common.checkpoints.orbax import TrainingCheckpoints, load_metadata, load_params, save_params
 from common.errors import UserError
 
@@ -133,14 +133,14 @@ def test_a_finished_model_is_not_overwritten(tmp_path):
 
 
 def test_of_two_writers_the_first_to_finish_wins(tmp_path, monkeypatch):
-  dumps = json.dumps
+  rename = orbax._rename_unless_there
 
-  def other_writer_finishes_first(*args, **kwargs):
-    monkeypatch.setattr(json, "dumps", dumps)
+  def other_writer_finishes_first(*paths):
+    monkeypatch.setattr(orbax, "_rename_unless_there", rename)
     assert save_params(tmp_path / "m", {"w": jnp.full(2000, 1)}, {"n": 1})
-    return dumps(*args, **kwargs)
+    return rename(*paths)
 
-  monkeypatch.setattr(json, "dumps", other_writer_finishes_first)
+  monkeypatch.setattr(orbax, "_rename_unless_there", other_writer_finishes_first)
   assert not save_params(tmp_path / "m", {"w": jnp.full(2000, 2)}, {"n": 2})
   loaded, metadata = load_params(tmp_path / "m", {"w": jnp.zeros(2000, jnp.int32)})
   assert metadata == {"n": 1} and (loaded["w"] == 1).all()
