@@ -9,8 +9,8 @@ copies of its KV cache: a decoding step reads each layer's once. `copy` is the b
 copy: `of_copy` are the bytes that the arguments and the result have, over what would be copied in the
 time. Codes have zero points and bfloat16 scales in groups of 128 inputs, those of floating point one
 float32 scale per channel, tokamax's no zero points; the codes of a KV cache have one scale per token
-and head. JAX's attention takes float16, as its kernel holds bfloat16 for that. What a library refuses
-stands in place of its time. Nothing is timed before every kind of case agrees with the reference.
+and head. JAX's attention is given float16, the type of its kernel's memory whatever the arguments'. What a
+library refuses stands in place of its time. Nothing is timed before every kind of case agrees with the reference.
 
 The programs are compiled by all cores at once, and timed one by one.
 """

@@ -78,7 +78,7 @@ def decode(chip, shape, bits, rows, group) -> dict:
 
 
 def symmetric(chip, shape, bits, rows, group) -> dict:
-  """The kernel's bound without zero points, which the libraries' products have not all."""
+  """The kernel's bound without zero points, to compare with libraries that have none."""
   packed = arguments(shape, bits, rows, group, symmetric=True)
   return bound(chip, product(bits, "mosaic_tpu"), packed, regions(chip, shape, bits))
 

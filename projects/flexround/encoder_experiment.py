@@ -85,9 +85,9 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
     ]
 
   rows, cosine = [row("full precision", None, model)], {}
+  ids = {"tokens": calibration.tokens, "segment_ids": calibration.segment_ids}
   for bits in config.encoder_bits:
     for method in ("RTN", "FlexRound"):
-      ids = {"tokens": calibration.tokens, "segment_ids": calibration.segment_ids}
       quantized = quantize(method, config, model, bits, **ids)
       rows.append(row(method, f"W{bits}A{bits}", quantized))
       cosine[bits, method] = rows[-1][2]

@@ -7,7 +7,11 @@ from typing import Literal
 from common.errors import UserError
 from common.quantization.activations import ActivationFormat
 from common.quantization.quantized_array import IntegerFormat
-from common.quantization.reconstruction import ReconstructionSettings
+from common.quantization.reconstruction import (
+  ReconstructionSettings,
+  SampleMemory,
+  check_sample_memory,
+)
 
 # The largest share of extra channels for which enough unsplit channels to merge are left, whatever
 # the activations are.
@@ -42,12 +46,12 @@ class Tuning:
   batch_size: int = 1
   learning_rate: float = 5e-4
   final_norm: bool = True
-  sample_memory: Literal["device", "pinned_host"] = "device"
+  sample_memory: SampleMemory = "device"
 
   def __post_init__(self):
     _check_choice("learn", self.learn, ("low_rank", "all_weights"))
     _check_choice("merge", self.merge, ("requant", "keep"))
-    _check_choice("sample_memory", self.sample_memory, ("device", "pinned_host"))
+    check_sample_memory(self.sample_memory)
     if min(self.rank, self.blocks_per_round, self.epochs, self.batch_size) < 1:
       raise UserError(
         f"rank={self.rank}, blocks_per_round={self.blocks_per_round}, epochs={self.epochs}, "
