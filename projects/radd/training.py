@@ -163,8 +163,10 @@ def train_model(
   graphdef, params = nnx.split(model)
   state = init_train_state(params, settings.optimizer(), jax.random.key(seed))
   sharding = None
-  if jax.device_count() > 1:
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty and jax.device_count() > 1:
     mesh = make_mesh({"data": -1})
+  if not mesh.empty:
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     sharding = batch_sharding(mesh)
   state = train(
