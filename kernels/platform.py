@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 from kernels.partitioning import can_cut
 
@@ -24,6 +25,11 @@ def has_tpu(kinds: Collection[str] = ()) -> bool:
   return (
     device is not None and device.platform == "tpu" and (not kinds or device.device_kind in kinds)
   )
+
+
+def tpu_chip() -> pltpu.TpuInfo | None:
+  """What is compiled for: the process's chip, or that of the mesh in use; None if it is no TPU."""
+  return pltpu.get_tpu_info() if pltpu.is_tpu_device() else None
 
 
 def has_one_gpu(compute_capabilities: Collection[str]) -> bool:

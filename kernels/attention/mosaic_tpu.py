@@ -21,6 +21,7 @@ from kernels.attention.masks import Rule, Tokens
 from kernels.attention.tpu_backward import backward
 from kernels.attention.tpu_blocks import LANES, Settings, resident_tokens
 from kernels.attention.tpu_forward import forward
+from kernels.platform import tpu_chip
 
 Array = jax.Array
 
@@ -63,7 +64,7 @@ def attention(
   if bias is not None:
     limit = min(limit, _RESIDENT_WITH_BIAS)
   resident = resident_tokens(key_block, limit, key, value)
-  settings = Settings(rule, scale, alibi, query_block, key_block, resident)
+  settings = Settings(rule, scale, alibi, query_block, key_block, resident, products_are_fast())
   slopes = alibi_slopes if alibi else jnp.zeros(query.shape[1])
   # Padding belongs to segment 0: no query sees it, and it sees no key.
   pad_queries = functools.partial(_pad, multiple=settings.query_block)
@@ -80,6 +81,12 @@ def attention(
     bias = pad_keys(pad_queries(bias, axis=2), axis=3)
   out = _attention(query, key, value, queries, keys, slopes.astype(jnp.float32), bias, settings)
   return out[:, :, :seq]
+
+
+def products_are_fast() -> bool:
+  """Whether the softmax takes the chip longer than the products, which must not hold it up then."""
+  info = tpu_chip()
+  return info is not None and info.generation >= 6
 
 
 def _block_size(tokens: int, most: int) -> int:

@@ -133,8 +133,8 @@ def _backward_kernel(ranges, slopes, *refs, settings: Settings, adds: bool):
   query_sums[...] = jnp.zeros_like(query_sums)
   queries = as_rows(query_ids)
 
-  def attend(j, masked):
-    rows = pl.ds(pl.multiple_of(j * block, block), block)
+  def attend(blocks, masked, _):
+    rows = pl.ds(pl.multiple_of(blocks[0] * block, block), block)
     q, k, v, d_o = query[0, 0], key[0, 0, rows, :], value[0, 0, rows, :], d_out[0, 0]
     keys = as_columns(key_ids, q.shape[0], rows)
     scores = scores_of(dot(k, q, (1, 1)), queries, keys, slope, masked[0], settings)

@@ -34,7 +34,8 @@ _NO_SEGMENT = jnp.iinfo(jnp.int32).min
 class Settings(NamedTuple):
   """What is fixed when a kernel is compiled; blocks are in tokens.
 
-  `resident` is the keys on the chip at once, a multiple of `key_block`.
+  `resident` is the keys on the chip at once, a multiple of `key_block`. `pipelined`: forward, the
+  products of keys ahead and of values behind are computed during a softmax.
   """
 
   rule: Rule
@@ -43,6 +44,7 @@ class Settings(NamedTuple):
   query_block: int
   key_block: int
   resident: int
+  pipelined: bool
 
 
 def ids(tokens: Tokens) -> Array:
@@ -88,35 +90,44 @@ def resident_tokens(block: int, limit: int, *arrays: Array) -> int:
   return block * pl.cdiv(blocks, pl.cdiv(blocks, at_most))
 
 
-def visit(ranges, index, part, blocks: int, body, at_once: int = 1) -> None:
-  """Calls body(j, masked) for the blocks of this resident part that are in the ranges at `index`.
+def visit(ranges, index, part, blocks: int, body, at_once: int = 1, first=None) -> None:
+  """Calls body(blocks, masked, following) for the blocks of this resident part in the ranges at `index`.
 
-  masked: for each of the blocks j, j + 1, ..., whether it needs the mask. Of the whole blocks two
-  come together if `at_once` is 2, and one that is left over with a masked one: their work overlaps.
+  blocks: one, or two if `at_once` is 2, whose work overlaps: whole ones, and one that is left over
+  with one that needs the mask.
+  masked: for each of them, whether it needs the mask.
+  following: the first block of the next call; in the last call any block of the part.
+
+  `first` is called with the first block before; with any block if there is none.
   """
-  first, end, whole_first, whole_end = (
+  start, end, whole_start, whole_end = (
     jnp.clip(ranges[n, *index] - part * blocks, 0, blocks) for n in range(4)
   )
-  whole = whole_end - whole_first
+  whole = whole_end - whole_start
+  masked = end - start - whole
+  ahead = whole_start - start  # Masked ones ahead of the whole ones; the others are behind.
 
-  def visit_whole(n, _):
-    body(whole_first + at_once * n, (False,) * at_once)
+  def at(n):
+    """The n-th block: the whole ones come first."""
+    m = n - whole
+    of_masked = jnp.where(m < ahead, start + m, whole_end + m - ahead)
+    return jnp.clip(jnp.where(m < 0, whole_start + n, of_masked), 0, blocks - 1)
 
-  jax.lax.fori_loop(0, div(whole, at_once), visit_whole, None)
-  masked_first = whole_end
+  def call(n, *needs_mask):
+    body([at(n + i) for i in range(len(needs_mask))], needs_mask, at(n + len(needs_mask)))
+
+  if first is not None:
+    first(at(0))
+  jax.lax.fori_loop(
+    0, div(whole, at_once), lambda n, _: call(at_once * n, *(False,) * at_once), None
+  )
+  together = jnp.int32(0)
   if at_once == 2:
     left = whole & 1
-    together = left & (end > whole_end)
-    pl.when(together == 1)(lambda: body(whole_end - 1, (False, True)))
-    pl.when(left > together)(lambda: body(whole_end - 1, (False,)))
-    masked_first += together
-
-  before = whole_first - first
-
-  def visit_masked(n, _):
-    body(jnp.where(n < before, first + n, masked_first + n - before), (True,))
-
-  jax.lax.fori_loop(0, before + end - masked_first, visit_masked, None)
+    together = left & (masked > 0)
+    pl.when(together == 1)(lambda: call(whole - 1, False, True))
+    pl.when(left > together)(lambda: call(whole - 1, False))
+  jax.lax.fori_loop(together, masked, lambda n, _: call(whole + n, True), None)
 
 
 def needed_part(ranges, index, part, blocks: int):

@@ -83,6 +83,7 @@ def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
         pltpu.VMEM((1, block), jnp.float32),
         pltpu.VMEM((1, block), jnp.float32),
         pltpu.VMEM((value_dim, block), jnp.float32),
+        pltpu.VMEM((_chunk(settings), block), jnp.float32) if settings.pipelined else None,
       ],
     ),
     out_shape=[
@@ -95,11 +96,18 @@ def forward(query, key, value, queries, keys, slopes, bias, settings: Settings):
   )(ranges_of(queries, keys, settings), slopes, *arrays)
 
 
+def _chunk(settings: Settings) -> int:
+  """Keys that are worked on at once."""
+  return math.gcd(settings.key_block, _CHUNK)
+
+
 def _forward_kernel(ranges, slopes, *refs, settings: Settings, has_bias: bool):
   query, key, value, query_ids, all_keys, *rest = refs
-  bias, (out, lse, largest, total, sums) = (rest[0], rest[1:]) if has_bias else (None, rest)
+  bias, (out, lse, largest, total, sums, products) = (
+    (rest[0], rest[1:]) if has_bias else (None, rest)
+  )
   b, h, i, part = (pl.program_id(axis) for axis in range(4))
-  block = settings.key_block
+  block, chunk, pipelined = settings.key_block, _chunk(settings), settings.pipelined
 
   @pl.when(part == 0)
   def _():
@@ -108,23 +116,35 @@ def _forward_kernel(ranges, slopes, *refs, settings: Settings, has_bias: bool):
     sums[...] = jnp.zeros_like(sums)
 
   queries = as_rows(query_ids)
-  chunk = math.gcd(block, _CHUNK)
 
-  def attend(j, masked):
+  rows_at = lambda j, start: pl.ds(pl.multiple_of(j * block + start, chunk), chunk)
+  product = lambda rows: dot(key[0, 0, rows, :], query[0, 0], (1, 1))
+
+  def first(j):
+    products[...] = product(rows_at(j, 0))
+
+  def attend(blocks, masked, following):
     chunks = [
-      (pl.ds(pl.multiple_of((j + n) * block + start, chunk), chunk), needs_mask)
-      for n, needs_mask in enumerate(masked)
+      (rows_at(j, start), needs_mask)
+      for j, needs_mask in zip(blocks, masked)
       for start in range(0, block, chunk)
     ]
-    product = lambda rows: dot(key[0, 0, rows, :], query[0, 0], (1, 1))
-    products = product(chunks[0][0])
-    for (rows, needs_mask), following in zip(chunks, [*chunks[1:], None]):
+    of_chunk = products[...] if pipelined else product(chunks[0][0])
+    ahead = [rows for rows, _ in chunks[1:]] + [rows_at(following, 0) if pipelined else None]
+    behind = []
+    for (rows, needs_mask), later in zip(chunks, ahead):
       # The matrix unit works on the next products meanwhile: the compiler keeps this order.
-      later = None if following is None else product(following[0])
-      update(rows, products, needs_mask)
-      products = later
+      of_later = None if later is None else product(later)
+      behind.append((rows, *softmax(rows, of_chunk, needs_mask)))
+      if len(behind) > pipelined:
+        add(*behind.pop(0))
+      of_chunk = of_later
+    if pipelined:
+      products[...] = of_chunk
+      add(*behind.pop())
 
-  def update(rows, products, masked):
+  def softmax(rows, products, masked):
+    """The weights [keys, queries] of these keys, and what the sums so far are multiplied by."""
     keys = as_columns(all_keys, query.shape[2], rows) if masked or settings.alibi else None
     scores = scores_of(products, queries, keys, slopes[h], masked, settings)
     if bias is not None:
@@ -136,10 +156,13 @@ def _forward_kernel(ranges, slopes, *refs, settings: Settings, has_bias: bool):
     correction = jnp.exp2(before - now)
     total[...] = correction * total[...] + weights.sum(axis=0, keepdims=True)
     largest[...] = now
-    v = value[0, 0, rows, :]
-    sums[...] = correction * sums[...] + dot(v, weights.astype(v.dtype), (0, 0))
+    return weights.astype(value.dtype), correction
 
-  visit(ranges, (b, i), part, key.shape[2] // block, attend, at_once=2)
+  def add(rows, weights, correction):
+    sums[...] = correction * sums[...] + dot(value[0, 0, rows, :], weights, (0, 0))
+
+  blocks = key.shape[2] // block
+  visit(ranges, (b, i), part, blocks, attend, at_once=2, first=first if pipelined else None)
 
   @pl.when(part == pl.num_programs(3) - 1)
   def _():

@@ -221,19 +221,17 @@ def _widen_three(target, values, scale, zero, start, first) -> None:
   word = lambda i: plgpu.layout_cast(
     values[slice(i * run, (i + 1) * run), :], register_layout(BLOCK_COLUMNS, 4)
   )
+  lowest = 1 - code % 2 << 2  # Bit of a code in a byte.
   if code < 6:
-    words, low = word(code // 2), None
+    words, lowest = word(code // 2), lowest + 1
   else:
-    words, low = word(code - 6), word(2)
+    a, b, c = (word(i) & jnp.uint32(0x11111111) for i in range(3))
+    words = a << jnp.uint32(2) | b << jnp.uint32(1) | c
   # A code less 4 in two's complement is the code with its upper bit turned.
   offset = jnp.float32(4) if zero is None else zero.astype(jnp.float32)
   offset = offset + jnp.float32(2**23)
   for byte in range(4):
-    if low is None:
-      found = words >> jnp.uint32(8 * byte + (2 if code % 2 else 5)) & jnp.uint32(7)
-    else:
-      found = (words >> jnp.uint32(8 * byte) & jnp.uint32(3)) << jnp.uint32(1)
-      found = found | (low >> jnp.uint32(8 * byte + 7 - code) & jnp.uint32(1))
+    found = words >> jnp.uint32(8 * byte + lowest) & jnp.uint32(7)
     # An integer in a float32's mantissa, with the exponent of 2^23.
     found = lax.bitcast_convert_type(found ^ jnp.uint32(0x4B000004), jnp.float32)
     if zero is None:

@@ -6,12 +6,12 @@ A code is an unsigned integer 0 .. 2^bits - 1 when the array has zero points, el
 integer -2^(bits-1) .. 2^(bits-1) - 1.
 
 XLA has no 3-bit type. Three bytes A, B and C hold eight codes c0 .. c7, so that 3 bits really take 3
-bits, and that all but two codes come out as the upper bits of a byte by one shift and one mask:
+bits, and that masks alone make twice 4-bit codes of six of them:
 
-  bits     7 6 5   4 3 2   1 0
-  A         c0      c1     upper bits of c6
-  B         c2      c3     upper bits of c7
-  C         c4      c5     lowest bits of c6 and c7
+  bits     7 6 5      4       3 2 1      0
+  A         c0    c6's upper   c1    c7's upper
+  B         c2    c6's middle  c3    c7's middle
+  C         c4    c6's lower   c5    c7's lower
 
 An unsigned code is stored as the two's complement of the code less 4. Four bytes of four consecutive
 rows make a word, and the words of A, B and C follow one another, in runs of eight where the rows are a
@@ -58,10 +58,11 @@ def pack(codes: Array, bits: int, *, signed: bool) -> Array:
   c = (padded ^ (0 if signed else 4)).astype(jnp.uint32)
   c = c.reshape(-1, 8, _run(rows), 4, columns)
   c = [c[:, i] for i in range(8)]
-  a = c[0] << 5 | c[1] << 2 | c[6] >> 1
-  b = c[2] << 5 | c[3] << 2 | c[7] >> 1
-  low = c[4] << 5 | c[5] << 2 | (c[6] & 1) << 1 | c[7] & 1
-  in_bytes = jnp.stack([a, b, low], axis=1)  # [units, 3, run, 4, columns]
+  last = c[6] << 4 | c[7]
+  in_bytes = [
+    c[2 * i] << 5 | c[2 * i + 1] << 1 | last >> shift & 0x11 for i, shift in enumerate((2, 1, 0))
+  ]
+  in_bytes = jnp.stack(in_bytes, axis=1)  # [units, 3, run, 4, columns]
   words = jnp.sum(in_bytes << _BYTES, axis=3, dtype=jnp.uint32)
   return words.reshape(-1, columns)
 
@@ -73,9 +74,9 @@ def unpack(values: Array, bits: int, rows: int, *, signed: bool) -> Array:
     return values.astype(dtype)
   columns = values.shape[-1]
   in_bytes = values.reshape(-1, 3, _run(rows), 1, columns) >> _BYTES
-  a, b, low = (in_bytes[:, i] for i in range(3))
-  last = [(a & 3) << 1 | low >> 1 & 1, (b & 3) << 1 | low & 1]
-  codes = [byte >> shift for byte in (a, b, low) for shift in (5, 2)] + last
+  a, b, c = (in_bytes[:, i] for i in range(3))
+  last = (a & 0x11) << 2 | (b & 0x11) << 1 | c & 0x11
+  codes = [byte >> shift for byte in (a, b, c) for shift in (5, 1)] + [last >> 4, last]
   codes = (jnp.stack(codes, axis=1) & 7 ^ 4).astype(jnp.int32) - (4 if signed else 0)
   return codes.reshape(-1, columns)[:rows].astype(dtype)
 

@@ -22,17 +22,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.quantized_matmul.packing import RUN_ROWS, WORD_ROWS
+from kernels.platform import tpu_chip
+from kernels.quantized_matmul.packing import RUN_ROWS
 from kernels.quantized_matmul.tpu_operands import (
   ACTIVATION_BLOCK,
   LANES,
   ROW_TILE,
   VMEM_BYTES,
-  chip,
   every,
   float32_dot,
   unpacked_codes,
   weights,
+  words_of_three,
 )
 
 Array = jax.Array
@@ -64,10 +65,6 @@ def quantized_matmul(
   in_mantissas = bits < 8 and not converts_integers()
   # Unpacking 3 bits keeps a v6e's vector unit busy, which would combine x's tiles for each product.
   prepares = in_mantissas or bits in (2, 3)
-  # There it is words, whose tiles are whole registers; those of x's bfloat16 are halves.
-  ordered, ordered_type = (
-    ((padded, w.block), x.dtype) if in_mantissas else ((padded // 2, w.block), jnp.int32)
-  )
   out = pl.pallas_call(
     functools.partial(_kernel, bits=bits, in_mantissas=in_mantissas, inputs=w.block, summed=summed),
     grid=w.grid,
@@ -79,7 +76,7 @@ def quantized_matmul(
       "total": pltpu.VMEM((padded, w.block_columns), jnp.float32),
       "float_scales": pltpu.VMEM((groups, w.block_columns), jnp.float32),
       "sums": pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
-      "ordered": pltpu.VMEM((w.grid[2], *ordered), ordered_type) if prepares else None,
+      "ordered": pltpu.VMEM((w.grid[2], padded // 2, w.block), jnp.int32) if prepares else None,
     },
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
@@ -91,7 +88,7 @@ def quantized_matmul(
 
 def converts_integers() -> bool:
   """Whether the chip makes bfloat16 of integers by one operation; not if JAX knows of no chip."""
-  info = chip()
+  info = tpu_chip()
   return info is not None and info.generation >= 6
 
 
@@ -129,12 +126,12 @@ def _kernel(
     for start in range(0, inputs, ACTIVATION_BLOCK):
       chunks = range(start, min(start + ACTIVATION_BLOCK, inputs), LANES)
       if ordered is not None:
-        order = _order(bits, in_mantissas=in_mantissas)
+        source = _source((len(x) // 2, LANES), bits, in_mantissas=in_mantissas)
         for at in chunks:
-          in_order = x_at(at, LANES)
-          if order is not None:
-            in_order = jnp.dot(in_order, order, preferred_element_type=jnp.float32).astype(x.dtype)
-          ordered[block, :, at : at + LANES] = pltpu.bitcast(in_order, ordered.dtype)
+          words = pltpu.bitcast(x_at(at, LANES), jnp.int32)  # Of two rows.
+          ordered[block, :, at : at + LANES] = jnp.take_along_axis(
+            words, source, axis=1, mode="promise_in_bounds"
+          )
       if has_offsets:
         is_group = jnp.concatenate([lane == group_at(at) for at in chunks]).astype(x.dtype)
         of_group = x_at(start, len(is_group))
@@ -177,7 +174,7 @@ def _unit_and_offset(bits: int, *, signed: bool, in_mantissas: bool) -> tuple[fl
     return 0.25 if signed else 1.0, 0.0
   if bits == 4:
     return 1.0, 0.0
-  return 2.0 ** (bits - 8), 0.0 if signed else -half
+  return 0.5 if bits == 3 else 1.0, 0.0 if signed else -half
 
 
 def _converted(values, at: int, bits: int, *, signed: bool) -> Array:
@@ -191,6 +188,12 @@ def _converted(values, at: int, bits: int, *, signed: bool) -> Array:
       return pltpu.bitcast(pairs, jnp.int4).astype(jnp.bfloat16)
     pairs = jnp.concatenate([words & every(4, 3), words >> 2 & every(4, 3)])
     return pltpu.bitcast(pairs, jnp.uint4).astype(jnp.bfloat16)
+  if bits == 3:  # Likewise, twice as large.
+    first, second = words_of_three(values, at)
+    if at % RUN_ROWS == 0:  # Else there is nothing but codes in the second.
+      second &= every(4, 14)
+    twice = jnp.concatenate([first & every(4, 14), second])
+    return pltpu.bitcast(twice, jnp.int4).astype(jnp.bfloat16)
   return unpacked_codes(values, at, bits).astype(jnp.bfloat16)
 
 
@@ -213,37 +216,29 @@ def _words(values, at: int, bits: int) -> list[tuple[Array, int]]:
   if bits != 3:
     words = pltpu.bitcast(values[at : at + LANES], jnp.int32)
     return [(words, first) for first in range(0, 16, bits)]
-  run = RUN_ROWS // WORD_ROWS
-  start = at // RUN_ROWS * 3 * run
-  runs = [values[start + i * run : start + (i + 1) * run] for i in range(3)]
-  a, b, low = (pltpu.bitcast(words, jnp.int32) for words in runs)
-  if at % RUN_ROWS == 0:
-    of_bytes = [(a, 5), (a, 2), (b, 5), (b, 2)]
-  else:
-    last = [
-      (upper << 5) & every(8, 0x60) | (low << shift) & every(8, 0x10)
-      for upper, shift in ((a, 3), (b, 4))
-    ]
-    of_bytes = [(low, 5), (low, 2), *((words, 4) for words in last)]
-  return [(words, first + byte) for words, first in of_bytes for byte in (0, 8)]
+  return [
+    (words, first + byte)
+    for words in words_of_three(values, at)
+    for first in (5, 1)
+    for byte in (0, 8)
+  ]
 
 
-def _order(bits: int, *, in_mantissas: bool) -> Array | None:
-  """The permutation bfloat16 [128, 128] into the order of the codes, or None if it is x's."""
-  if not in_mantissas and bits != 2:
-    return None
-  source, target = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
+def _source(shape: tuple[int, int], bits: int, *, in_mantissas: bool) -> Array:
+  """The input, of 128, that each lane has in the order of the codes, int32 of a shape."""
+  target = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
   half = target & 1
-  if not in_mantissas:  # The first of all pairs of 2-bit codes, then the second.
-    found = source == (target & LANES // 2 - 1) * 2 + (target >> 6)
-  elif bits == 3:  # Parts of the even bytes and of the odd ones, by turns; see `packing`.
+  if not in_mantissas and bits == 2:  # The first of all pairs of codes, then the second.
+    return (target & LANES // 2 - 1) * 2 + (target >> 6)
+  if not in_mantissas:  # A byte has codes of two 32 inputs, the second first; see `packing`.
+    return (target & LANES // 2) + (1 - half) * 32 + (target >> 1 & 31)
+  if bits == 3:  # Parts of the even bytes and of the odd ones, by turns; see `packing`.
     word, byte = target >> 5 << 3 | (target & 15) >> 1, half << 1 | target >> 4 & 1
-    found = source == word * 4 + byte
-  else:  # A word has the codes of 32 / bits inputs on end, of which each part has one of either half.
-    per_part, per_half = LANES * bits // 16, 16 // bits
-    part, word = target >> per_part.bit_length() - 1, (target & per_part - 1) >> 1
-    found = source == (2 * word + half) * per_half + part
-  return found.astype(jnp.bfloat16)
+    return word * 4 + byte
+  # A word has the codes of 32 / bits inputs on end, of which each part has one of either half.
+  per_part, per_half = LANES * bits // 16, 16 // bits
+  part, word = target >> per_part.bit_length() - 1, (target & per_part - 1) >> 1
+  return (2 * word + half) * per_half + part
 
 
 def _in_both_halves(pattern: int) -> Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.platform import tpu_chip
 from kernels.quantized_matmul.packing import RUN_ROWS, WORD_ROWS
 
 Array = jax.Array
@@ -58,11 +59,6 @@ class Weights(NamedTuple):
   out: pl.BlockSpec
 
 
-def chip() -> pltpu.TpuInfo | None:
-  """What is compiled for: the process's chip, or that of the mesh in use; None if it is no TPU."""
-  return pltpu.get_tpu_info() if pltpu.is_tpu_device() else None
-
-
 def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int, int]:
   """Cores, blocks of columns of each, blocks of inputs of weights [inputs, columns]; a block's columns.
 
@@ -72,7 +68,7 @@ def grid(shape: tuple[int, int], group: int, bits: int) -> tuple[int, int, int, 
   inputs, columns = shape
   blocks = inputs // block_inputs(inputs, group, bits)
   # The cores of a chip share the columns. Of an unknown one, there may be two.
-  most = 1 if (info := chip()) and not info.is_megacore else 2
+  most = 1 if (info := tpu_chip()) and not info.is_megacore else 2
   for block_columns in (_WIDE_BLOCK, *BLOCK_COLUMNS):
     count = -(-columns // block_columns)
     steps = count * blocks // most
@@ -184,29 +180,30 @@ def unpack(values: Array, bits: int) -> Array:
   return jnp.concatenate([pltpu.bitcast(part, jnp.int8) for part in parts], axis=0)
 
 
-def unpack_three(words: Array) -> list[Array]:
-  """2^5 times the 3-bit codes, int8 [32, columns] eight times; see `packing`.
+def words_of_three(values, at: int) -> tuple[Array, Array]:
+  """Words int32 [8, columns] whose every four bits have a 3-bit code at the top; see `packing`.
 
-  Args:
-    words: uint32 [24, columns], of 256 inputs.
+  Returns:
+    Those of 64 inputs twice: of the 128 inputs from `at` on in a block.
   """
-  words = pltpu.bitcast(words, jnp.int32)
-  a, b, low = words[:8], words[8:16], words[16:]
-  top, upper, last = every(8, 0xE0), every(8, 0xC0), every(8, 0x20)
-  codes = [(word << shift if shift else word) & top for word in (a, b, low) for shift in (0, 3)]
-  codes += [(word << 6) & upper | (low << shift) & last for word, shift in ((a, 4), (b, 5))]
-  return [pltpu.bitcast(code, jnp.int8) for code in codes]
+  run = RUN_ROWS // WORD_ROWS
+  start = at // RUN_ROWS * 3 * run
+  a, b, c = (
+    pltpu.bitcast(values[start + i * run : start + (i + 1) * run], jnp.int32) for i in range(3)
+  )
+  if at % RUN_ROWS == 0:
+    return a, b
+  bit = every(4, 1)
+  return c, (a & bit) << 3 | (b & bit) << 2 | (c & bit) << 1
 
 
 def unpacked_codes(values, at: int, bits: int) -> Array:
   """2^(8 - bits) times the codes of 128 inputs in a block, int8 [128, columns]."""
   if bits != 3:
     return unpack(values[at : at + LANES], bits)
-  words_per_run = 3 * RUN_ROWS // WORD_ROWS
-  start = at // RUN_ROWS * words_per_run
-  parts = unpack_three(values[start : start + words_per_run])
-  first = at % RUN_ROWS // WORD_ROWS
-  return jnp.concatenate(parts[first : first + LANES // WORD_ROWS])
+  top = every(8, 0xE0)
+  codes = [code & top for words in words_of_three(values, at) for code in (words, words << 4)]
+  return jnp.concatenate([pltpu.bitcast(code, jnp.int8) for code in codes])
 
 
 def in_order_of_codes(x: Array, bits: int) -> Array:

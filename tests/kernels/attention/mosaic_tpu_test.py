@@ -48,7 +48,13 @@ def test_parts_are_few_and_of_equal_size(tokens, blocks, limit, expected):
   assert tpu_blocks.resident_tokens(blocks, limit, array, array) == expected
 
 
-def test_gradients_over_parts_of_the_keys(monkeypatch):
+@pytest.fixture(params=(False, True), ids=("products bind", "softmax binds"))
+def either_chip(request, monkeypatch):
+  """Both ways in which the forward kernel orders its work."""
+  monkeypatch.setattr(mosaic_tpu, "products_are_fast", lambda: request.param)
+
+
+def test_gradients_over_parts_of_the_keys(monkeypatch, either_chip):
   """Three blocks of keys in two parts, heads that share them, rows that may attend to nothing."""
   monkeypatch.setattr(mosaic_tpu, "_BLOCK", 128)
   monkeypatch.setattr(tpu_blocks, "_RESIDENT_BYTES", 2 * 128 * 2 * 128 * 4)  # Two blocks of each.
@@ -61,7 +67,7 @@ def test_gradients_over_parts_of_the_keys(monkeypatch):
   assert all((np.asarray(x)[:, :, :20] == 0).all() for x in found)
 
 
-def test_masked_blocks_before_and_behind_whole_ones(monkeypatch):
+def test_masked_blocks_before_and_behind_whole_ones(monkeypatch, either_chip):
   """A window of three blocks and more: one or two whole ones between masked ones."""
   monkeypatch.setattr(mosaic_tpu, "_BLOCK", 128)
   arrays = inputs(heads=1, kv_heads=1, seq=640, dim=8)
@@ -73,7 +79,7 @@ def test_masked_blocks_before_and_behind_whole_ones(monkeypatch):
 
 def test_ranges_hold_one_run_of_whole_blocks():
   tokens = masks.Tokens(jnp.arange(48)[None], jnp.asarray(np.repeat([0, 1, 2], (4, 28, 16))[None]))
-  settings = tpu_blocks.Settings(masks.Rule(True, 20), 1.0, False, 8, 8, 48)
+  settings = tpu_blocks.Settings(masks.Rule(True, 20), 1.0, False, 8, 8, 48, False)
   # Blocks of 8: padding in the first, the second segment from the fifth on.
   expected = [
     [0, 0, 0, 0, 4, 4],  # First,
@@ -82,6 +88,45 @@ def test_ranges_hold_one_run_of_whole_blocks():
     [0, 0, 2, 3, 0, 5],  # and the end.
   ]
   np.testing.assert_array_equal(tpu_blocks.ranges_of(tokens, tokens, settings)[:, 0], expected)
+
+
+@pytest.mark.parametrize("at_once", (1, 2))
+@pytest.mark.parametrize(
+  "ranges",  # First block, end, first whole one, its end; of a row of 10 blocks in parts of 5.
+  [(0, 0, 0, 0), (3, 4, 0, 0), (0, 10, 0, 10), (0, 3, 0, 3), (1, 9, 3, 6), (2, 7, 2, 5)],
+)
+def test_every_block_is_visited_once_and_announced(ranges, at_once):
+  start, end, whole_start, whole_end = ranges
+  visited = []
+  for part in range(2):
+    count = jnp.zeros((2, 5), jnp.int32)  # Of visits without and with a mask.
+    state = {"count": count, "next": jnp.int32(-1), "announced": jnp.bool(True)}
+
+    def run(state, part=part):
+      # A body of a kernel changes references; here they are stateful through `jax.new_ref`.
+      refs = {name: jax.new_ref(x) for name, x in state.items()}
+
+      def body(blocks, masked, following):
+        refs["announced"][...] &= refs["next"][...] == blocks[0]
+        for block, needs_mask in zip(blocks, masked):
+          refs["count"][int(needs_mask), block] += 1
+        refs["next"][...] = following
+
+      def first(block):
+        refs["next"][...] = block
+
+      of_row = jnp.asarray(ranges, jnp.int32)[:, None]
+      tpu_blocks.visit(of_row, (0,), part, 5, body, at_once=at_once, first=first)
+      return {name: ref[...] for name, ref in refs.items()}
+
+    found = jax.jit(run)(state)
+    assert found["announced"] and 0 <= found["next"] < 5
+    visited.append(np.asarray(found["count"]))
+  unmasked, masked = np.concatenate(visited, axis=1)
+  j = np.arange(10)
+  whole = (j >= whole_start) & (j < whole_end)
+  np.testing.assert_array_equal(unmasked, whole)
+  np.testing.assert_array_equal(masked, (j >= start) & (j < end) & ~whole)
 
 
 def test_bfloat16_gradients_are_as_good_as_those_of_the_reference():

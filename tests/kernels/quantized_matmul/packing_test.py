@@ -72,7 +72,7 @@ def test_three_bits_by_hand(rows, run, signed):
   codes = random_codes((rows, 3), 3, signed)
   expected = np.zeros((-(-rows // WORD_ROWS) * 3, 3), np.uint32)
   # The byte, and the shift of each bit of the eight codes, the lowest first.
-  places = [(byte, (low, low + 1, low + 2)) for byte in range(3) for low in (5, 2)]
+  places = [(byte, (low, low + 1, low + 2)) for byte in range(3) for low in (5, 1)]
   for row in range(-(-rows // WORD_ROWS) * WORD_ROWS):
     unit, inside = divmod(row, WORD_ROWS * run)
     eighth, inside = divmod(inside, 4 * run)
@@ -84,7 +84,7 @@ def test_three_bits_by_hand(rows, run, signed):
         which, bits = places[eighth]
         where = [(which, bit) for bit in bits]
       else:
-        where = [(2, 7 - eighth), (eighth - 6, 0), (eighth - 6, 1)]
+        where = [(which, 4 if eighth == 6 else 0) for which in (2, 1, 0)]
       for b, (which, bit) in enumerate(where):
         at = unit * 3 * run + which * run + word
         expected[at, column] |= np.uint32((code >> b & 1) << bit + 8 * byte)
