@@ -20,6 +20,7 @@ from common.compilation.decoder_steps import (
   scoring_step,
 )
 from common.compilation.step import Step
+from common.errors import UserError
 from common.models.decoder import Block, DecoderConfig
 from common.models.scan import abstract_stack
 from common.models.sharding import batch_sharding
@@ -38,7 +39,13 @@ SEARCHED = ("attention.q_proj", "mlp.up_proj", "mlp.down_proj")
 
 
 def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
-  """The search of a block's linears, and the folded model's two uses."""
+  """The search of a block's linears, and the folded model's two uses.
+
+  Raises:
+    UserError: the config has no decoder.
+  """
+  if not config.model:
+    raise UserError("only a decoder's steps are compiled here; use the preset paper")
   model, settings = decoder_config(config.model), fpq_settings(config, config.bits)
   mesh = make_mesh({"data": -1}, devices)
   rows = -(-ROWS // len(devices)) * len(devices)

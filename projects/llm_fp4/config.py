@@ -2,17 +2,21 @@
 
   ./run.sh llm_fp4
   ./run.sh llm_fp4 --config=projects/llm_fp4/config.py:encoder
+  ./run.sh llm_fp4 --config=projects/llm_fp4/config.py:vision --config.images=folder:/path/to/imagenet \\
+      --config.vision_model=/path/to/deit-small-patch16-224
   ./run.sh llm_fp4 --config=projects/llm_fp4/config.py:paper --config.model=/path/to/Llama-7b-hf
 
 Expect, in the default preset: MinMax in 4 bits useless where activations have outliers, both
 searches close to full precision, and channels' own biases (FPQ) a little better than one bias.
 
-The encoder preset quantizes a pretrained sentence encoder of FLAXWORKS_MODELS.
+The encoder preset quantizes a pretrained sentence encoder of FLAXWORKS_MODELS, the vision preset a
+ViT or DeiT with a classifier, on `folder:PATH` (PATH/train/CLASS/*.JPEG and PATH/val/CLASS/*.JPEG) or
+`tfds:imagenet2012`.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("default", "tiny", "encoder", "paper")
+PRESETS = ("default", "tiny", "encoder", "vision", "paper")
 
 
 def get_config(preset: str = "default") -> ConfigDict:
@@ -46,6 +50,12 @@ def get_config(preset: str = "default") -> ConfigDict:
       # Small ViTs trained on scikit-learn's digits, one per seed: their epochs, 0 leaves them out.
       "vision_epochs": 12,
       "vision_size": 32,
+      # A Hugging Face directory of a ViT or DeiT with a classifier; empty leaves it out. Images of its
+      # classes, folder:PATH or tfds:NAME: calibration_samples of train, and eval_images of val, 0 takes
+      # all.
+      "vision_model": "",
+      "images": "",
+      "eval_images": 0,
       # A folder of FLAXWORKS_MODELS, or a directory, with an encoder; empty leaves it out.
       "encoder": "",
       "encoder_bits": (8, 6, 4),
@@ -79,6 +89,16 @@ def get_config(preset: str = "default") -> ConfigDict:
     # 384 to 1536 channels: fewer tokens and gammas keep the search to minutes.
     config.search_tokens = 64
     config.grid_size = 8
+  if preset == "vision":
+    config.model = ""
+    config.vision_epochs = 0
+    config.vision_model = "facebook/deit-small-patch16-224"
+    config.images = "tfds:imagenet2012"
+    config.other_bits = (6,)
+    config.seeds = (0,)
+    config.calibration_samples = 32
+    config.search_tokens = 0
+    config.grid_size = 100
   if preset == "paper":
     config.model = "meta-llama/Llama-2-7b-hf"
     config.other_bits = ()

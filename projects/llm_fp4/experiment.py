@@ -9,7 +9,7 @@ from common.reporting.report import Report
 from projects.llm_fp4.encoder_experiment import compare_on_encoder
 from projects.llm_fp4.language_experiment import compare_on_language_model
 from projects.llm_fp4.methods import fpq_settings
-from projects.llm_fp4.vision_experiment import compare_on_vision
+from projects.llm_fp4.vision_experiment import compare_on_digits, compare_on_images
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
@@ -18,8 +18,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   Raises:
     UserError: a value of the config is not supported, or a model or data is not there.
   """
-  if not (config.model or config.encoder or config.vision_epochs):
-    raise UserError("nothing to do: set model, encoder or vision_epochs")
+  if not (config.model or config.encoder or config.vision_epochs or config.vision_model):
+    raise UserError("nothing to do: set model, encoder, vision_epochs or vision_model")
   if not config.seeds:
     raise UserError("seeds is empty: give at least one")
   for bits in (config.bits, *config.other_bits, *config.encoder_bits):
@@ -28,7 +28,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   if config.model:
     compare_on_language_model(config, workdir, report)
   if config.vision_epochs:
-    compare_on_vision(config, report)
+    compare_on_digits(config, report)
+  if config.vision_model:
+    compare_on_images(config, report)
   if config.encoder:
     compare_on_encoder(config, report)
   return report

@@ -1,6 +1,8 @@
-"""Small vision transformers on scikit-learn's digits, one trained per seed: top-1 after FPQ."""
+"""Vision transformers after FPQ: top-1 of a checkpoint on images, of small ones on digits."""
 
 import functools
+import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,16 @@ from ml_collections import ConfigDict
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from common.checkpoints.huggingface import Checkpoint
+from common.data.images import (
+  ImageFolder,
+  TFDSImages,
+  centre_crop,
+  load_images,
+  load_preprocessing,
+)
+from common.errors import UserError
+from common.evaluation.image_classification import accuracy
 from common.models.vit import VisionTransformer, VisionTransformerConfig
 from common.reporting.report import Claim, Column, Report, Table
 from common.training.optimizer import make_optimizer
@@ -28,46 +40,174 @@ from projects.llm_fp4.models import fpq
 Array = jax.Array
 
 BATCH_SIZE = 64
-CALIBRATION_IMAGES = 32
+CALIBRATION_IMAGES = 32  # Of the digits.
+FULL_PRECISION = "full precision"
+
+# Top-1 on ImageNet (the paper's Table 3): method, bits -> DeiT-S, DeiT-B, ViT-S.
+PAPER = {
+  (FULL_PRECISION, None): (79.9, 81.8, 81.4),
+  (MINMAX_FP, 6): (79.3, 81.7, 80.7),
+  (BASELINE, 6): (79.43, 81.7, 80.9),
+  (FPQ, 6): (79.5, 81.8, 81.1),
+  (MINMAX_FP, 4): (0.4, 0.1, 0.1),
+  (BASELINE, 4): (6.57, 0.71, 0.3),
+  (FPQ, 4): (75.0, 79.4, 73.2),
+}
+PAPER_MODELS = ("DeiT-S", "DeiT-B", "ViT-S")
+
+# What stays in full precision here.
+NOT_QUANTIZED = "The embedding of patches, a convolution, and the products inside attention stay in full precision"
 
 
-def compare_on_vision(config: ConfigDict, report: Report) -> None:
-  """Adds the vision transformers' table and claims."""
-  bits, accuracies = config.bits, {}
+def compare_on_digits(config: ConfigDict, report: Report) -> None:
+  """Adds the table and claims of small models trained here, one per seed."""
+  bits, top1 = config.bits, {}
   for seed in config.seeds:
     images, labels, test_images, test_labels = digits(seed)
     model = train(config, images, labels, seed)
-    calibration = images[:CALIBRATION_IMAGES]
-    models = {
-      "full precision": model,
-      MINMAX_INT: integer_model(model, calibration, bits, embedding_bits=None),
-    }
-    for name, changes in FLOAT_METHODS.items():
-      settings = fpq_settings(config, bits, **changes)
-      models[name] = fpq(model, calibration, settings, embedding_bits=None)
-    for name, candidate in models.items():
+    for name, candidate in [
+      (FULL_PRECISION, model),
+      *quantized_models(config, model, images[:CALIBRATION_IMAGES], bits),
+    ]:
       right = jnp.mean(predict(candidate, test_images) == test_labels)
-      accuracies.setdefault(name, []).append(100 * float(right))
-  spread = lambda values: float(np.std(values, ddof=1)) if len(values) > 1 else None
+      top1.setdefault(name, []).append(100 * float(right))
   report.tables.append(
     Table(
       f"Vision transformers on digits, W{bits}A{bits}",
       ["method", Column("top-1, %", ".2f"), Column("sd over seeds", ".2f")],
-      [[name, float(np.mean(v)), spread(v)] for name, v in accuracies.items()],
+      [[name, *mean_and_spread(values)] for name, values in top1.items()],
       note=(
         f"{len(config.seeds)} models of two blocks, {config.vision_epochs} epochs; "
-        f"{CALIBRATION_IMAGES} calibration images, {len(test_labels)} test images. The embedding of "
-        "patches, a convolution, and the products inside attention stay in full precision."
+        f"{CALIBRATION_IMAGES} calibration images, {len(test_labels)} test images. {NOT_QUANTIZED}."
       ),
     )
   )
-  for name in (BASELINE, MINMAX_FP):
-    report.claims.append(
-      Claim.greater(
-        f"FPQ keeps a higher top-1 than {name} (ViT on digits, W{bits}A{bits}, points)",
-        {FPQ: accuracies[FPQ], name: accuracies[name]},
-      )
+  report.claims.extend(claims(top1, f"ViT on digits, W{bits}A{bits}"))
+
+
+def compare_on_images(config: ConfigDict, report: Report) -> None:
+  """Adds the table and claims of a checkpoint's top-1 on the images of its classes.
+
+  Raises:
+    UserError: the checkpoint or the images are not there, or they do not belong together.
+  """
+  checkpoint, train_images, test_images = load_together(config)
+  inputs = {
+    "size": checkpoint.config.image_size,
+    "preprocessing": load_preprocessing(config.vision_model),
+  }
+  model = checkpoint.load_model()
+  score = lambda model: (
+    100 * accuracy(model, test_images, batch_size=BATCH_SIZE, limit=config.eval_images, **inputs)
+  )
+  top1 = {None: {FULL_PRECISION: [score(model)]}}
+  for bits in dict.fromkeys((config.bits, *config.other_bits)):
+    top1[bits] = {}
+    for seed in config.seeds if bits == config.bits else config.seeds[:1]:
+      rng = np.random.default_rng(seed)
+      chosen = rng.choice(len(train_images), config.calibration_samples, replace=False)
+      calibration = [centre_crop(train_images[int(row)], **inputs)["images"] for row in chosen]
+      for name, candidate in quantized_models(config, model, jnp.stack(calibration), bits):
+        top1[bits].setdefault(name, []).append(score(candidate))
+  count = min(config.eval_images or len(test_images), len(test_images))
+  missing = (None,) * len(PAPER_MODELS)
+  report.tables.append(
+    Table(
+      f"{config.vision_model} on {config.images}",
+      [
+        "method",
+        "bits W/A",
+        Column("top-1, %", ".2f"),
+        Column("sd over seeds", ".2f"),
+        *(Column(f"paper's {name}, %", ".2f") for name in PAPER_MODELS),
+      ],
+      [
+        [
+          name,
+          "32/32" if bits is None else f"{bits}/{bits}",
+          *mean_and_spread(values),
+          *PAPER.get((name, bits), missing),
+        ]
+        for bits, methods in top1.items()
+        for name, values in methods.items()
+      ],
+      note=(
+        f"{count} images of val, {config.calibration_samples} of train for calibration. "
+        f"{NOT_QUANTIZED}. The paper's numbers are of ImageNet; it quantizes those products too, "
+        "weighs a layer's errors by the loss's gradients, and its MinMax FP has E3M2 at 6 bits, E2M3 "
+        "here."
+      ),
     )
+  )
+  for bits, methods in top1.items():
+    if bits is not None:
+      report.claims.extend(
+        claims(methods, f"{pathlib.Path(config.vision_model).name}, W{bits}A{bits}")
+      )
+
+
+def load_together(
+  config: ConfigDict,
+) -> tuple[Checkpoint, ImageFolder | TFDSImages, ImageFolder | TFDSImages]:
+  """The opened checkpoint, the images of train and of val, before anything is computed.
+
+  Raises:
+    UserError: see `compare_on_images`.
+  """
+  if not pathlib.Path(config.vision_model).expanduser().is_dir():
+    raise UserError(
+      f"no checkpoint directory {config.vision_model!r}; pass --config.vision_model=DIR of a ViT or "
+      "DeiT with a classifier, such as a copy of facebook/deit-small-patch16-224"
+    )
+  checkpoint = Checkpoint(config.vision_model)
+  model = checkpoint.config
+  if not isinstance(model, VisionTransformerConfig) or model.head == "none":
+    raise UserError(
+      f"{config.vision_model} holds no vision transformer with a classifier; expected ViT or DeiT"
+    )
+  if model.num_channels != 3:
+    raise UserError(f"{config.vision_model} takes {model.num_channels} channels; expected 3, RGB")
+  if config.eval_images < 0:
+    raise UserError(f"eval_images={config.eval_images}; expected a number of images, or 0 for all")
+  images = []
+  for split in ("train", "val"):
+    images.append(load_images(config.images, split))
+    if len(images[-1].classes) != len(model.labels):
+      raise UserError(
+        f"{split} of {config.images} has {len(images[-1].classes)} classes, the classifier of "
+        f"{config.vision_model} {len(model.labels)}: expected the same ones"
+      )
+  if not 1 <= config.calibration_samples <= len(images[0]):
+    raise UserError(
+      f"calibration_samples={config.calibration_samples}; expected 1 to {len(images[0])}, the "
+      f"images in train of {config.images}"
+    )
+  return checkpoint, *images
+
+
+def quantized_models(
+  config: ConfigDict, model: VisionTransformer, calibration: Array, bits: int
+) -> Iterator[tuple[str, VisionTransformer]]:
+  """Every method at W{bits}A{bits}: its name, and the model quantized by calibration images."""
+  yield MINMAX_INT, integer_model(model, calibration, bits, embedding_bits=None)
+  for name, changes in FLOAT_METHODS.items():
+    settings = fpq_settings(config, bits, **changes)
+    yield name, fpq(model, calibration, settings, embedding_bits=None)
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+  """Mean and standard deviation; no deviation of one value."""
+  return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def claims(top1: dict[str, list[float]], where: str) -> list[Claim]:
+  """FPQ against the other floating-point methods. top1: by method and seed, in percent."""
+  return [
+    Claim.greater(
+      f"FPQ keeps a higher top-1 than {name} ({where}, points)", {FPQ: top1[FPQ], name: top1[name]}
+    )
+    for name in (BASELINE, MINMAX_FP)
+  ]
 
 
 def digits(seed: int) -> tuple[Array, Array, Array, Array]:

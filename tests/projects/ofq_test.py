@@ -9,12 +9,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from PIL import Image
 
 from common.errors import UserError
 from common.models.surgery import get_module
 from common.models.vit import VisionTransformer, VisionTransformerConfig
-from projects.ofq import config, experiment, imagenet, ofq, oscillation, training
+from projects.ofq import config, experiment, ofq, oscillation, training
 from projects.ofq.integer_model import integer_tensors, to_integer
 from projects.ofq.ofq import QATSettings
 
@@ -411,26 +410,6 @@ def test_a_wrong_config_is_refused():
   paper = config.get_config("paper")
   with pytest.raises(UserError, match="no checkpoint directory"):
     experiment.run(paper, pathlib.Path("unused"))
-
-
-def test_images_in_folders(tmp_path):
-  for name, value in (("cat", 0), ("dog", 255)):
-    (tmp_path / "train" / name).mkdir(parents=True)
-    Image.new("RGB", (20, 12), (value,) * 3).save(tmp_path / "train" / name / "1.png")
-  images = imagenet.load_images(f"folder:{tmp_path}", "train")
-  assert images.classes == ["cat", "dog"] and [label for _, label in images] == [0, 1]
-  centred = imagenet.centre_crop(images[1], size=(8, 8))
-  white = (1 - imagenet.MEAN) / imagenet.STD
-  np.testing.assert_allclose(centred["images"], np.broadcast_to(white, (8, 8, 3)), rtol=1e-5)
-  rng = np.random.default_rng(0)
-  drawn = [imagenet.augment(images[0], rng, size=(8, 8), random_erasing=0.5) for _ in range(20)]
-  black = np.broadcast_to(-imagenet.MEAN / imagenet.STD, (8, 8, 3))
-  erased = [not np.allclose(d["images"], black) for d in drawn]
-  assert 3 < sum(erased) < 17 and drawn[0]["images"].dtype == np.float32
-  with pytest.raises(UserError, match="no folder"):
-    imagenet.load_images(f"folder:{tmp_path}", "val")
-  with pytest.raises(UserError, match="unknown data 'mnist'"):
-    imagenet.load_images("mnist", "train")
 
 
 def test_tiny_run(tmp_path):
