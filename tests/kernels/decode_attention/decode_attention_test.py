@@ -1,6 +1,7 @@
 """The reference against float64, the kernel in the TPU interpreter against the reference."""
 
 import importlib.util
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.sharding import SingleDeviceSharding
 
 from common import cli
 from common.compilation.topology import tpu_slice
-from kernels.decode_attention import mosaic_tpu
+from kernels.decode_attention import tpu_block, tpu_pages
 from kernels.decode_attention.api import decode_attention, quantize_tokens
 
 # float32 sums of up to a few hundred products of order 1; scores are also scaled by log2(e).
@@ -22,7 +23,7 @@ CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-  monkeypatch.setattr(mosaic_tpu, "_BLOCK_SLOTS", 128)  # Several blocks of few slots.
+  monkeypatch.setattr(tpu_block, "_SLOTS", 128)  # Several blocks of few slots.
 
 
 def cache(batch=3, heads=4, kv_heads=2, slots=200, key_dim=16, value_dim=16, seed=0):
@@ -114,6 +115,20 @@ def test_pages(quantized):
     keys, values = (codes * scales[..., None] for codes, scales in flat)
   found = both(query, *pages, lengths, page_table=jnp.asarray(table), **options)
   np.testing.assert_allclose(found, brute_force(query, keys, values, starts, lengths), **CLOSE)
+
+
+@pytest.mark.parametrize("two_cores", (False, True))
+def test_pages_are_copied_ahead_over_rows_and_heads(monkeypatch, two_cores):
+  """Rows of no, one and several blocks, of one head each; two cores take two rows each."""
+  monkeypatch.setattr(tpu_block, "_BYTES", 0)
+  chip = types.SimpleNamespace(is_megacore=two_cores)
+  monkeypatch.setattr(tpu_pages, "tpu_chip", lambda: chip)
+  rng = np.random.default_rng(1)
+  query, _, _ = cache(batch=4)
+  keys, values = (jnp.asarray(rng.normal(size=(40, 2, 32, 16)), jnp.float32) for _ in range(2))
+  table = jnp.asarray(rng.permutation(40).reshape(4, 10), jnp.int32)
+  lengths = jnp.array([30, 0, 320, 200])
+  both(query, keys, values, lengths, page_table=table, starts=jnp.array([0, 0, 140, 130]))
 
 
 def test_pruned_keys_need_the_scale_of_all_channels():
@@ -213,7 +228,7 @@ def test_bad_arguments():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("slice_name", ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"))
 def test_compiles_for_tpu(slice_name, monkeypatch):
-  monkeypatch.setattr(mosaic_tpu, "_BLOCK_SLOTS", 512)
+  monkeypatch.setattr(tpu_block, "_SLOTS", 512)
   cli.prepare_jax(compile_only=True)
   where = SingleDeviceSharding(tpu_slice(slice_name).devices[0])
   array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=where)
