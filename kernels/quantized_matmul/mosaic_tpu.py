@@ -1,7 +1,7 @@
 """Weight-only product for few rows on TPU: the packed codes go straight to the matrix unit.
 
 Decoding is bound by the bytes of the weights, if only unpacking keeps up. Here it costs three vector
-operations for two registers of 8-bit operands (19 for eight registers of 3-bit codes):
+operations for two registers of 8-bit operands (20 for eight registers of 3-bit codes):
 
 - The matrix unit multiplies 8-bit integers. A 4-bit code in the upper half of a byte is 16 times the
   code, so that a shift and two masks turn a word of eight codes into two words of four operands

@@ -3,7 +3,8 @@
 Two 8-bit digits of so many rows are twice the work for the matrix unit: they are multiplied as they
 are, by codes that are exact in bfloat16. How codes become bfloat16 depends on the chip:
 
-- A v6e converts 4- and 8-bit integers by one vector operation for each register of bfloat16.
+- A v6e converts 4- and 8-bit integers by one vector operation for each register of bfloat16. 2- and
+  3-bit codes become 4-bit ones by masks.
 - A v5e and a v5p go by way of int32 and float32, five for two registers. But b bits at the top of a
   mantissa beside a constant exponent are 2^b + code: a shift and two bit operations make a register of
   a word's codes. The 2^b come off with the zero points,
@@ -63,8 +64,7 @@ def quantized_matmul(
   sizes = {"bits": bits, "inputs": inputs, "group": summed, "rows": padded, "out_rows": padded}
   w = weights(values, scales, zero_points, **sizes)
   in_mantissas = bits < 8 and not converts_integers()
-  # Unpacking 3 bits keeps a v6e's vector unit busy, which would combine x's tiles for each product.
-  prepares = in_mantissas or bits in (2, 3)
+  reorders = in_mantissas or bits in (2, 3)
   out = pl.pallas_call(
     functools.partial(_kernel, bits=bits, in_mantissas=in_mantissas, inputs=w.block, summed=summed),
     grid=w.grid,
@@ -76,7 +76,7 @@ def quantized_matmul(
       "total": pltpu.VMEM((padded, w.block_columns), jnp.float32),
       "float_scales": pltpu.VMEM((groups, w.block_columns), jnp.float32),
       "sums": pltpu.VMEM((padded, -(-groups // LANES) * LANES), jnp.float32),
-      "ordered": pltpu.VMEM((w.grid[2], padded // 2, w.block), jnp.int32) if prepares else None,
+      "ordered": pltpu.VMEM((w.grid[2], padded // 2, w.block), jnp.int32) if reorders else None,
     },
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
