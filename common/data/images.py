@@ -155,6 +155,7 @@ def augment(
   rng: np.random.Generator,
   *,
   size: tuple[int, int],
+  preprocessing: Preprocessing = IMAGENET,
   magnitude: float = 0,
   random_erasing: float = 0.0,
 ) -> dict[str, np.ndarray]:
@@ -164,6 +165,7 @@ def augment(
     example: uint8 RGB [height, width, 3] and a label.
     rng: draws everything.
     size: (height, width) of the result.
+    preprocessing: the checkpoint's, of which the pixels' mean and deviation are used.
     magnitude: of RandAugment, 0 leaves it out.
     random_erasing: probability of a box of noise.
   """
@@ -179,7 +181,7 @@ def augment(
     crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   if magnitude:
     crop = rand_augment(crop, rng, magnitude=magnitude)
-  pixels = standardise(crop)
+  pixels = standardise(crop, preprocessing)
   if rng.random() < random_erasing:
     rows, columns = size
     share, ratio = rng.uniform(0.02, 1 / 3), np.exp(rng.uniform(np.log(0.3), -np.log(0.3)))

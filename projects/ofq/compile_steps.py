@@ -22,7 +22,7 @@ from common.models.vit import VisionTransformerConfig
 from common.training.mesh import make_mesh
 from common.training.train_step import TrainState
 from projects.ofq import digits
-from projects.ofq.experiment import METHODS, training_settings
+from projects.ofq.methods import METHODS, training_settings
 from projects.ofq.ofq import QATSettings, prepare
 from projects.ofq.training import make_qat_step
 

@@ -48,13 +48,11 @@ class EpochMetrics(NamedTuple):
 
   Attributes:
     loss: mean training loss.
-    accuracy: on the test images.
     oscillating: {path: share of its weights that oscillate}.
     scales: {path: mean scale of its channels}.
   """
 
   loss: Array
-  accuracy: Array
   oscillating: dict[str, Array]
   scales: dict[str, Array]
 
@@ -98,10 +96,11 @@ def draw_epoch(key: Array, data: Digits, batch_size: int) -> tuple[Array, Array]
   return shifts.reshape(steps, -1), rows.reshape(steps, -1)
 
 
-def accuracy(model: nnx.Module, data: Digits) -> Array:
-  """Share of the test images that are recognised, float32 []."""
-  logits = model(data.test_images).logits
-  return jnp.mean(jnp.argmax(logits, axis=-1) == data.test_labels)
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(graphdef: nnx.GraphDef, params, data: Digits) -> tuple[Array, Array]:
+  """Classes of the test images, int32 [test], and the share that is right, float32 []."""
+  classes = jnp.argmax(nnx.merge(graphdef, params)(data.test_images).logits, axis=-1)
+  return classes, jnp.mean(classes == data.test_labels)
 
 
 # One program; the optimizer's state of every parameter is otherwise made by programs of its own.
@@ -133,8 +132,9 @@ def pretrain(
   graphdef, params = nnx.split(model)
   num_steps = epochs * (len(data.labels) // batch_size)
   run, optimizer = _pretraining(graphdef, epochs, num_steps, batch_size, learning_rate)
-  state, test_accuracy = run(start_training(params, optimizer, jax.random.key(seed)), data)
-  return nnx.merge(graphdef, state.params), float(test_accuracy)
+  state = run(start_training(params, optimizer, jax.random.key(seed)), data)
+  accuracy = evaluate(graphdef, state.params, data)[1]
+  return nnx.merge(graphdef, state.params), float(accuracy)
 
 
 @functools.cache
@@ -160,8 +160,7 @@ def _pretraining(graphdef, epochs: int, num_steps: int, batch_size: int, learnin
   @jax.jit
   def run(state, data):
     epoch = lambda state, _: _scan_epoch(step_fn, state, data, batch_size)
-    state, _ = jax.lax.scan(epoch, state, None, length=epochs)
-    return state, accuracy(nnx.merge(graphdef, state.params), data)
+    return jax.lax.scan(epoch, state, None, length=epochs)[0]
 
   return run, optimizer
 
@@ -175,14 +174,16 @@ def make_epoch(
 ):
   """`epoch(state, data, teacher_params, dampening) -> (state, EpochMetrics)` and its optimizer.
 
-  `dampening` is the final weight of the dampening loss, float32 [].
+  `dampening` is the final weight of the dampening loss, float32 [], or None without it.
   """
   step_fn, optimizer = make_qat_step(graphdef, teacher_graphdef, settings)
 
   @jax.jit
   def epoch(state, data, teacher_params, dampening):
     def step(state, batch):
-      weight = dampening_weight(state.step, dampening, settings.num_steps)
+      weight = dampening
+      if dampening is not None:
+        weight = dampening_weight(state.step, dampening, settings.num_steps)
       return step_fn(state, batch, teacher_params, weight)
 
     state, losses = _scan_epoch(step, state, data, batch_size)
@@ -190,7 +191,6 @@ def make_epoch(
     share = lambda o: jnp.mean(o.frequency > OSCILLATION_THRESHOLD)
     metrics = EpochMetrics(
       loss=jnp.mean(losses),
-      accuracy=accuracy(model, data),
       oscillating={p: share(o) for p, o in state.opt_state.oscillation.items()},
       scales={
         path: jnp.mean(layer.weight_quantizer.scale(layer.latent()))

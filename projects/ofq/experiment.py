@@ -1,50 +1,30 @@
 """OFQ's parts beside LSQ, dampening, iterative freezing and Q-ViT, from the same teacher."""
 
-import concurrent.futures
-import dataclasses
-import functools
 import math
 import pathlib
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.progress import track
 
+from common.data.images import load_images, load_preprocessing
 from common.errors import UserError
 from common.evaluation.calibration import mean_interval
-from common.models.vit import VisionTransformer
+from common.evaluation.image_classification import accuracy
 from common.quantization import straight_through as ste
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.ofq import digits, imagenet
+from projects.ofq.digits_runs import HISTOGRAM_BINS, Run, Teacher, pretrain, train_all
 from projects.ofq.integer_model import exportable, load_integer, save_integer, to_integer
-from projects.ofq.ofq import QATSettings, calibrate, quantize
+from projects.ofq.methods import BASELINES, CGA, LSQ, MAIN, METHODS, QKR, STATSQ
+from projects.ofq.ofq import QATSettings
 from projects.ofq.oscillation import init_oscillation, update_oscillation
-from projects.ofq.training import TrainingSettings
 
-LSQ, DAMPENING, FREEZING, QVIT = "LSQ", "LSQ + dampening", "LSQ + freezing", "Q-ViT"
-STATSQ, QKR, CGA = "StatsQ", "StatsQ + QKR", "StatsQ + QKR + CGA"
-METHODS = {
-  LSQ: {"weight_quantizer": "lsq", "qkr": False},
-  DAMPENING: {"weight_quantizer": "lsq", "qkr": False},
-  FREEZING: {"weight_quantizer": "lsq", "qkr": False},
-  QVIT: {"weight_quantizer": "lsq", "qkr": False, "rectify_queries_and_keys": True},
-  STATSQ: {"qkr": False},
-  QKR: {},
-  CGA: {},
-}
-# The paper's ablation, and what it is beside.
-MAIN = (LSQ, STATSQ, QKR, CGA)
-BASELINES = (DAMPENING, FREEZING, QVIT)
 # The paper's, DeiT-T on ImageNet: full precision, W2A2, W3A3, W4A4.
 PAPER_DEIT_TINY = {"full precision": 72.02, 2: 64.33, 3: 72.72, 4: 75.46}
-HISTOGRAM_BINS = 25
 # How much accuracy a method that is "not worse" may lose: the paper's gains are of 8 to 10 points,
 # and one image of 597 is 0.17.
 MARGIN = 0.01
@@ -60,7 +40,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   if config.integer_model:
     return evaluate_saved(config)
   if config.data != "digits":
-    return imagenet.run(config, METHODS, workdir)
+    return imagenet.run(config, workdir)
   return run_digits(config, workdir)
 
 
@@ -95,42 +75,6 @@ def check_config(config: ConfigDict) -> None:
       raise UserError(f"batch_size={config.batch_size}; expected 1 to 1200, the training images")
 
 
-class Run(NamedTuple):
-  """One method, bits and seed. Epochs are those of training and of annealing.
-
-  Attributes:
-    accuracy: on the test images after each epoch, [epochs].
-    oscillating: {path: share of its weights that oscillate after each epoch [epochs]}.
-    scales: {path: mean scale of its channels [epochs]}.
-    sizes: {path: number of weights}.
-    histogram: see `threshold_histogram`.
-    near_threshold: share of weights within 0.005 of a threshold.
-    model: after the last epoch.
-  """
-
-  accuracy: np.ndarray
-  oscillating: dict[str, np.ndarray]
-  scales: dict[str, np.ndarray]
-  sizes: dict[str, int]
-  histogram: np.ndarray
-  near_threshold: float
-  model: VisionTransformer
-
-  def oscillating_share(self, of: tuple[str, ...] = ("",)) -> np.ndarray:
-    """Share of the weights that oscillate, over the layers whose path ends so, [epochs]."""
-    paths = [path for path in self.sizes if path.endswith(of)]
-    total = sum(self.sizes[path] for path in paths)
-    return sum(self.sizes[path] * self.oscillating[path] for path in paths) / total
-
-
-class Teacher(NamedTuple):
-  """The data, the full-precision model and its accuracy."""
-
-  data: digits.Digits
-  model: VisionTransformer
-  accuracy: float
-
-
 def run_digits(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """All methods on the digits."""
   teacher = pretrain(config)
@@ -146,16 +90,10 @@ def run_digits(config: ConfigDict, workdir: pathlib.Path) -> Report:
     # Annealing continues from where plain QKR is after its epochs: one training for the two.
     groups = [tuple(m for m in methods if m in (QKR, CGA))] if {QKR, CGA} & set(methods) else []
     groups += [(m,) for m in methods if m not in (QKR, CGA)]
-    work += [(bits, group, seeds) for group in groups]
-  # Steps this small leave a core idle: two seeds at a time.
-  with concurrent.futures.ThreadPoolExecutor(2) as threads:
-    for bits, group, seeds in track(work, "training", console=Console(stderr=True)):
-      train = functools.partial(train_methods, config, group, bits, teacher)
-      first = train(seeds[0])  # Compiles once, for all.
-      rest = threads.map(train, seeds[1:])
-      for result in (first, *rest):
-        for method, run in result.items():
-          runs.setdefault((method, bits), []).append(run)
+    work += [(group, bits, seed) for group in groups for seed in seeds]
+  for job, of_job in train_all(config, teacher, work).items():
+    for method, run in of_job.items():
+      runs.setdefault((method, job[1]), []).append(run)
   toys = toy_regression(config)
   report = Report(tables=tables(config, teacher, runs), figures=[], claims=[])
   report.tables.append(export(config, teacher.data, runs, workdir))
@@ -164,110 +102,10 @@ def run_digits(config: ConfigDict, workdir: pathlib.Path) -> Report:
   return report
 
 
-def pretrain(config: ConfigDict) -> Teacher:
-  """The full-precision model that every run starts from and learns from."""
-  data = digits.load(0)
-  vit = digits.vit_config(
-    config.hidden_size, config.num_layers, config.num_heads, config.patch_size
-  )
-  model, accuracy = digits.pretrain(
-    vit,
-    data,
-    0,
-    epochs=config.pretraining_epochs,
-    batch_size=config.batch_size,
-    learning_rate=config.pretraining_learning_rate,
-  )
-  return Teacher(data, model, accuracy)
-
-
-def training_settings(config: ConfigDict, method: str, steps_per_epoch: int) -> TrainingSettings:
-  """The config's, for one method."""
-  return TrainingSettings(
-    learning_rate=config.learning_rate,
-    num_steps=config.epochs * steps_per_epoch,
-    warmup_steps=round(config.warmup_epochs * steps_per_epoch),
-    final_fraction=config.final_learning_rate / config.learning_rate,
-    weight_decay=config.weight_decay,
-    boundary_range=config.boundary_range,
-    label_smoothing=config.label_smoothing,
-    mixup=config.mixup,
-    cutmix=config.cutmix,
-    freezing_thresholds=tuple(config.freezing_thresholds),
-    guidance=config.guidance if method == QVIT else 0.0,
-  )
-
-
-def train_methods(
-  config: ConfigDict, methods: tuple[str, ...], bits: int, teacher: Teacher, seed: int
-) -> dict[str, Run]:
-  """Quantization-aware training, then each method's last epochs from the state it gave."""
-  settings = QATSettings(weight_bits=bits, activation_bits=bits, **METHODS[methods[0]])
-  model = quantize(teacher.model, settings)
-  calibrate(model, teacher.data.shifted[4, : config.batch_size])
-  graphdef, params = nnx.split(model)
-  teacher_graphdef, teacher_params = nnx.split(teacher.model)
-  data = teacher.data
-  options = training_settings(config, methods[0], len(data.labels) // config.batch_size)
-  epoch, optimizer = digits.make_epoch(graphdef, teacher_graphdef, options, config.batch_size)
-  state = digits.start_training(params, optimizer, jax.random.key(seed))
-  if methods[0] == FREEZING:
-    state = dataclasses.replace(
-      state, opt_state=optax.tree.set(state.opt_state, freezing=jnp.array(True))
-    )
-  dampening = jnp.float32(config.dampening if methods[0] == DAMPENING else 0.0)
-
-  def epochs(epoch, state, count):
-    metrics = []
-    for _ in range(count):
-      state, metric = epoch(state, data, teacher_params, dampening)
-      metrics.append(metric)
-    return state, metrics
-
-  trunk, before = epochs(epoch, state, config.epochs)
-  runs = {}
-  for method in methods:
-    # What oscillates is counted anew: flips from before the last epochs must not count in them.
-    start = dataclasses.replace(trunk, opt_state=forget_oscillation(trunk.opt_state))
-    tail = epoch
-    if method == CGA:
-      start = dataclasses.replace(
-        start, opt_state=optax.tree.set(start.opt_state, annealing=jnp.array(True))
-      )
-      if config.cga_qk == "mask":
-        tail = masked_product_epoch(config, graphdef, trunk.params, teacher_graphdef, options)
-    state, after = epochs(tail, start, config.annealing_epochs)
-    histogram, near = digits.threshold_histogram(graphdef, state.params, HISTOGRAM_BINS)
-    sizes = {path: o.codes.size for path, o in state.opt_state.oscillation.items()}
-    stacked = jax.tree.map(lambda *x: np.asarray(x), *jax.device_get(before + after))
-    runs[method] = Run(
-      stacked.accuracy, stacked.oscillating, stacked.scales, sizes, np.asarray(histogram),
-      float(near), nnx.merge(graphdef, state.params),
-    )  # fmt: skip
-  return runs
-
-
-def masked_product_epoch(config, graphdef, params, teacher_graphdef, options):
-  """The epoch in which annealing masks the gradient of W_Q W_K^T as well (cga_qk="mask")."""
-  model = nnx.merge(graphdef, params)
-  model.set_attributes(boundary_range=config.boundary_range)
-  return digits.make_epoch(nnx.split(model)[0], teacher_graphdef, options, config.batch_size)[0]
-
-
-@jax.jit
-def forget_oscillation(opt_state):
-  """The tracker's state with frequencies of 0."""
-  zero = lambda o: o._replace(frequency=jnp.zeros_like(o.frequency))
-  return opt_state._replace(oscillation={p: zero(o) for p, o in opt_state.oscillation.items()})
-
-
 def export(config: ConfigDict, data: digits.Digits, runs, workdir: pathlib.Path) -> Table:
   """The last method's models of the first seed with integer products: saved, and measured."""
 
-  @nnx.jit
-  def recognised(model):
-    return jnp.argmax(model(data.test_images).logits, axis=-1)
-
+  recognised = lambda model: digits.evaluate(*nnx.split(model), data)[0]
   rows = []
   for (method, bits), of_seeds in runs.items():
     settings = QATSettings(weight_bits=bits, activation_bits=bits, **METHODS[method])
@@ -306,11 +144,13 @@ def evaluate_saved(config: ConfigDict) -> Report:
     raise UserError(f"{config.integer_model} takes images {takes}, {config.data} has {has}")
   if config.data == "digits":
     data = digits.load(0)
-    count, top1 = len(data.test_labels), float(nnx.jit(digits.accuracy)(model, data))
+    count, top1 = len(data.test_labels), float(digits.evaluate(*nnx.split(model), data)[1])
   else:
-    images = imagenet.load_images(config.data, "val")
+    images = load_images(config.data, "val")
     count = len(images)
-    top1 = imagenet.accuracy(model, images, size, config.batch_size)
+    # The file does not say how its model's pixels are prepared: the checkpoint that it came from does.
+    preprocessing = load_preprocessing(config.model)
+    top1 = accuracy(model, images, size, config.batch_size, preprocessing=preprocessing)
   columns = ["model", "data", "images", Column("top-1, %", ".2f")]
   row = [config.integer_model, config.data, count, 100 * top1]
   return Report(tables=[Table("A saved model with integer products", columns, [row])])
@@ -354,7 +194,7 @@ def tables(config: ConfigDict, teacher: Teacher, runs) -> list[Table]:
   rows = [[*full, PAPER_DEIT_TINY["full precision"]]]
   for (method, bits), of_seeds in runs.items():
     final = np.array([run.accuracy[-1] for run in of_seeds])
-    tail = np.array([run.accuracy[-config.annealing_epochs :] for run in of_seeds])
+    tail = np.array([run.accuracy for run in of_seeds])
     rows.append(
       [
         method,
@@ -429,9 +269,7 @@ def claims(config: ConfigDict, teacher: Teacher, runs, toys) -> list[Claim]:
       statement = f"{better} is not worse than {worse} (95 % lower bound of the paired difference)"
       found.append(Claim.greater(statement, [low], -MARGIN))
   if QKR in at and CGA in at:
-    spread = lambda method: [
-      np.std(run.accuracy[-config.annealing_epochs :], ddof=1) for run in at[method]
-    ]
+    spread = lambda method: [np.std(run.accuracy, ddof=1) for run in at[method]]
     measured = {CGA: spread(CGA), QKR: spread(QKR)}
     found.append(Claim.less("annealing steadies the accuracy of the last epochs (sd)", measured))
   return found + [

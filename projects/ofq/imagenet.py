@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from common.checkpoints.huggingface import Checkpoint
 from common.data.augmentation import RepeatedAugmentation
-from common.data.images import augment, load_images
+from common.data.images import Preprocessing, augment, load_images, load_preprocessing
 from common.errors import UserError
 from common.evaluation.image_classification import accuracy
 from common.models.sharding import batch_sharding
@@ -27,19 +27,26 @@ from common.training.loop import train
 from common.training.mesh import make_mesh
 from common.training.train_step import init_train_state
 from projects.ofq.integer_model import exportable, save_integer, to_integer
+from projects.ofq.methods import CGA, DAMPENING, FREEZING, METHODS, training_settings
 from projects.ofq.ofq import QATSettings, calibrate, quantize
 from projects.ofq.oscillation import oscillating_share
 from projects.ofq.training import TrainingSettings, dampening_weight, make_qat_step
 
 
-def training_batches(images, config: ConfigDict, size: tuple[int, int], seed: int):
+def training_batches(
+  images, config: ConfigDict, size: tuple[int, int], preprocessing: Preprocessing, seed: int
+):
   """Endless shuffled batches of this process's share of the images."""
   mine = grain.MapDataset.source(images).seed(seed).shuffle()
   mine = mine[jax.process_index() :: jax.process_count()]
   mine = RepeatedAugmentation(mine, config.repeated_augmentation).repeat()
   mine = mine.random_map(
     functools.partial(
-      augment, size=size, magnitude=config.rand_augment, random_erasing=config.random_erasing
+      augment,
+      size=size,
+      preprocessing=preprocessing,
+      magnitude=config.rand_augment,
+      random_erasing=config.random_erasing,
     )
   )
   rows = config.batch_size // jax.process_count()
@@ -133,23 +140,19 @@ def load_model(path: str) -> VisionTransformer | Swin:
   return model
 
 
-def run(config: ConfigDict, methods: Mapping[str, Mapping], workdir: pathlib.Path) -> Report:
+def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Trains the config's methods from a checkpoint and reports top-1 and oscillation.
 
   Args:
     config: see `config.py`.
-    methods: the arguments of `QATSettings` by method.
     workdir: checkpoints go there, and METHOD-SEED.safetensors, the models with integer products;
       the same command resumes.
 
   Raises:
     UserError: the model or the data is not there, or they do not belong together.
   """
-  # Imported here: the experiment imports this module.
-  from projects.ofq.experiment import CGA, DAMPENING, FREEZING, training_settings
-
   model = load_model(config.model)
-  size = model.config.image_size
+  size, preprocessing = model.config.image_size, load_preprocessing(config.model)
   train_images, test_images = (load_images(config.data, split) for split in ("train", "val"))
   devices = jax.device_count() * config.microbatches
   if config.batch_size % devices or config.batch_size > len(train_images):
@@ -158,15 +161,17 @@ def run(config: ConfigDict, methods: Mapping[str, Mapping], workdir: pathlib.Pat
       f"and at most the {len(train_images)} training images"
     )
   steps = len(train_images) // config.batch_size
-  top1 = lambda model: 100 * accuracy(model, test_images, size, config.batch_size)
+  top1 = lambda model: (
+    100 * accuracy(model, test_images, size, config.batch_size, preprocessing=preprocessing)
+  )
   rows = [["full precision", None, top1(model), None, None]]
   for method in config.methods:
-    settings = QATSettings(weight_bits=config.bits, activation_bits=config.bits, **methods[method])
+    settings = QATSettings(weight_bits=config.bits, activation_bits=config.bits, **METHODS[method])
     for seed in config.seeds:
       name = f"{slug(method)}-{seed}"
       trained, share = train_method(
         model,
-        training_batches(train_images, config, size, seed),
+        training_batches(train_images, config, size, preprocessing, seed),
         settings,
         training_settings(config, method, steps),
         config,

@@ -105,7 +105,7 @@ def confidence_guided_annealing(
     # The model's structure finds the kernels in any tree like the parameters.
     module = nnx.merge(graphdef, tree)
     for path, layer in _kernels(module).items():
-      layer.layer.kernel[...] = jnp.where(trained[path], layer.latent(), 0)
+      set_kernel(layer, jnp.where(trained[path], layer.latent(), 0))
     return nnx.split(module)[1]
 
   def init(params):
@@ -178,7 +178,7 @@ def track_oscillations(
       kernel, quantizer = layer.latent(), layer.weight_quantizer
       level = jnp.round(state.oscillation[path].mean_code)
       fixed = quantizer.values(level, quantizer.scale(kernel))
-      layer.layer.kernel[...] = jnp.where(state.frozen[path], fixed, kernel)
+      set_kernel(layer, jnp.where(state.frozen[path], fixed, kernel))
     oscillation = {
       path: update_oscillation(state.oscillation[path], codes)[0]
       for path, codes in weight_codes(model).items()
@@ -193,6 +193,11 @@ def track_oscillations(
     return updates, TrackingState(oscillation, frozen, state.freezing, state.count + 1, new_inner)
 
   return optax.GradientTransformation(init, update)
+
+
+def set_kernel(layer: QATLayer, kernel: Array) -> None:
+  """`layer.layer.kernel[...] = kernel`, which in a trace looks through the whole program so far."""
+  layer.layer.kernel.set_value(kernel)
 
 
 def dampening_loss(model: nnx.Module) -> Array:

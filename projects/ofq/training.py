@@ -150,7 +150,7 @@ def make_qat_step(
 
   Returns:
     (step, optimizer). The batch has images float32 [batch, height, width, channels] and labels (see
-    `distillation_loss`); dampening is the weight of `dampening_loss`, float32 [].
+    `distillation_loss`); dampening is the weight of `dampening_loss`, float32 [], or None without it.
   """
 
   def loss_fn(params, batch, key, teacher_params, dampening):
@@ -175,8 +175,10 @@ def make_qat_step(
       guidance = jnp.zeros(len(images))
     losses = distillation_loss(*logits, teacher_logits[0], labels, settings.label_smoothing)
     losses = losses + settings.guidance * guidance
-    count = jnp.float32(len(images))
-    return jnp.sum(losses) + count * dampening * dampening_loss(model), count
+    total, count = jnp.sum(losses), jnp.float32(len(images))
+    if dampening is not None:
+      total += count * dampening * dampening_loss(model)
+    return total, count
 
   optimizer = make_optimizer_for(graphdef, settings)
   return make_train_step(loss_fn, optimizer, **train_step_options), optimizer
