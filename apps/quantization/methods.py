@@ -17,7 +17,7 @@ from common.quantization import autoawq, calibration
 from common.quantization.activations import ActivationFormat, quantize_inputs
 from common.quantization.linear import get_kernels
 from common.quantization.quantized_array import IntegerFormat
-from common.quantization.reconstruction import ReconstructionSettings, on_device
+from common.quantization.reconstruction import ReconstructionSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +247,7 @@ def outlier_suppression_plus(config: DecoderConfig, options: Options) -> Method:
   lower_bound = 0.1 if config.norm == "rms" else 1.0
   settings = Settings(options.weights, options.activations, lower_bound=lower_bound)
   block = functools.partial(quantize_block, config=config, settings=settings)
-  return Method(_with_inputs_on_device(block), "quantized", False)
+  return Method(block, "quantized", False)
 
 
 def qllm(config: DecoderConfig, options: Options) -> Method:
@@ -264,7 +264,7 @@ def qllm(config: DecoderConfig, options: Options) -> Method:
   settings = Settings(options.weights, activations, tuning=tuning if options.rank else None)
   key = jax.random.key(options.seed)
   block = functools.partial(quantize_block, config=config, settings=settings, key=key)
-  return Method(_with_inputs_on_device(block), "both", False)
+  return Method(block, "both", False)
 
 
 def flatquant(config: DecoderConfig, options: Options) -> Method:
@@ -309,13 +309,6 @@ def _make_directory(path: pathlib.Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as e:
     raise UserError(f"cannot write to {path}: {e.strerror}") from None
-
-
-def _with_inputs_on_device(quantize_block: calibration.QuantizeBlock) -> calibration.QuantizeBlock:
-  """The same, of methods that compute with all inputs of a block at once, wherever they lie."""
-  return lambda index, block, x, context: quantize_block(
-    index, block, jax.tree.map(on_device, x), context
-  )
 
 
 def _with_rounded_inputs(quantize_block, options: Options) -> calibration.QuantizeBlock:

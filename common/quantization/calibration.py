@@ -136,9 +136,35 @@ def run_block(block: Block, x: Array, context: AttentionContext) -> Array:
   return _run_block(*nnx.split(block), x, context)
 
 
-def block_inputs(block: Block, x: Array, context: AttentionContext) -> dict[str, Array]:
-  """Inputs of the block's linears, {path: [samples, seq, in]}; on the device."""
-  return _block_inputs(*nnx.split(block), x, context)
+def block_inputs(
+  block: Block,
+  x: Array,
+  context: AttentionContext,
+  paths: Sequence[str] | None = None,
+  samples: int | None = None,
+) -> dict[str, Array]:
+  """Inputs of the block's linears, {path: [samples, seq, in]}; on the device.
+
+  Args:
+    block, x, context: see `quantize_blocks`.
+    paths: of the linears; all by default.
+    samples: only of the first so many; of all by default.
+  """
+  paths = tuple(linear_paths(block) if paths is None else paths)
+  samples = len(x) if samples is None else min(samples, len(x))
+  return _block_inputs(*nnx.split(block), x, context, paths, samples)
+
+
+def largest_inputs(
+  block: Block, x: Array, context: AttentionContext, paths: Sequence[str]
+) -> dict[str, Array]:
+  """The largest |input| of each channel of linears over all tokens, {path: float32 [in]}.
+
+  Args:
+    block, x, context: see `quantize_blocks`.
+    paths: of the linears.
+  """
+  return _largest_inputs(*nnx.split(block), x, context, tuple(paths))
 
 
 def block_hessians(
@@ -172,13 +198,12 @@ def smoothed_block(
   block: Block, x: Array, context: AttentionContext, config: DecoderConfig, *, alpha: float = 0.5
 ) -> Block:
   """The block scaled by SmoothQuant's rule, in full precision: the same function."""
-  inputs = block_inputs(block, x, context)
+  groups = scaling_groups(config)
+  largest = largest_inputs(block, x, context, [group.linears[0] for group in groups])
   block = nnx.clone(block)
-  for group in scaling_groups(config):
-    features = inputs[group.linears[0]].astype(jnp.float32)
-    x_max = jnp.max(jnp.abs(features) * token_mask(x, context), axis=(0, 1))
+  for group in groups:
     kernels = list(get_kernels(block, list(group.linears)).values())
-    fold_scale(block, group, smoothquant_scale(x_max, kernels, alpha))
+    fold_scale(block, group, smoothquant_scale(largest[group.linears[0]], kernels, alpha))
   return block
 
 
@@ -331,12 +356,24 @@ def _record(graphdef, state, rows, paths):
   return record_inputs(block, list(paths), lambda block: block(on_device(x), context))[1]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _block_inputs(graphdef, state, x, context):
-  paths = linear_paths(nnx.merge(graphdef, state))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _block_inputs(graphdef, state, x, context, paths, samples):
+  rows = passes(x, context)
+  first = -(-samples // rows[0].shape[1])
   record = lambda rows: _record(graphdef, state, rows, paths)
-  inputs = jax.lax.map(record, passes(x, context))
-  return {path: v.reshape(*x.shape[:2], -1) for path, v in inputs.items()}
+  inputs = jax.lax.map(record, jax.tree.map(lambda leaf: leaf[:first], rows))
+  return {p: v.reshape(-1, x.shape[1], v.shape[-1])[:samples] for p, v in inputs.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _largest_inputs(graphdef, state, x, context, paths):
+  def of_rows(rows):
+    mask = token_mask(*rows)
+    largest = lambda v: jnp.max(jnp.abs(v.astype(jnp.float32)) * mask, axis=(0, 1))
+    return jax.tree.map(largest, _record(graphdef, state, rows, paths))
+
+  maxima = jax.lax.map(of_rows, passes(x, context))
+  return {path: v.max(axis=0) for path, v in maxima.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))

@@ -79,6 +79,8 @@ class ReconstructionLog(NamedTuple):
 Objective = Callable[[nnx.Module, Array, Array, Array], Array]
 # (module, x, context) -> output
 Run = Callable[[nnx.Module, Array, object], Array]
+# learning rate -> optimizer
+OptimizerOfRate = Callable[[Array], optax.GradientTransformation]
 
 
 def squared_error(student: nnx.Module, output: Array, target: Array, progress: Array) -> Array:
@@ -148,8 +150,9 @@ def reconstruct(
   context,
   key: Array,
   settings: ReconstructionSettings,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation | OptimizerOfRate,
   *,
+  learning_rate: float | None = None,
   full_precision_inputs: Array | None = None,
   objective: Objective = squared_error,
   run: Run = run_transformer_block,
@@ -167,6 +170,7 @@ def reconstruct(
     settings: steps and batches.
     optimizer: of the `Learned` variables. Pass the same object (and `objective` and `run`) for
       every block: a new one is compiled anew.
+    learning_rate: if given, `optimizer` is a function of it, and all rates share a compilation.
     full_precision_inputs: X; needed with `drop_probability`.
     objective: what is minimised.
     run: how the student is called.
@@ -188,7 +192,8 @@ def reconstruct(
     )
   originals = inputs if full_precision_inputs is None else full_precision_inputs
   static = (graphdef, settings, optimizer, objective, run)
-  learned, log = _reconstruct(*static, learned, rest, inputs, originals, targets, context, key)
+  samples = inputs, originals, targets
+  learned, log = _reconstruct(*static, learning_rate, learned, rest, *samples, context, key)
   return nnx.merge(graphdef, learned, rest), log
 
 
@@ -199,6 +204,7 @@ def _reconstruct(
   optimizer,
   objective,
   run,
+  learning_rate,
   learned,
   rest,
   inputs,
@@ -211,6 +217,8 @@ def _reconstruct(
   batch_size = min(settings.batch_size, samples)
   batches_per_epoch = samples // batch_size
   batch_key, drop_key = jax.random.split(key)
+  if learning_rate is not None:
+    optimizer = optimizer(learning_rate)
 
   def rows_of(step):
     """Indices of the step's samples: a part of its epoch's permutation."""
@@ -254,13 +262,13 @@ def _reconstruct(
 
     return jnp.mean(jax.lax.map(of_batch, parts))
 
-  before = error(learned)
   state = optimizer.init(learned)
   (trained, _), losses = jax.lax.scan(step_fn, (learned, state), jnp.arange(settings.num_steps))
-  after = error(trained)
+  # In a loop, so that the forward pass is compiled once for both.
+  choose = lambda ended: jax.tree.map(lambda new, old: jnp.where(ended, new, old), trained, learned)
+  before, after = jax.lax.map(lambda ended: error(choose(ended)), jnp.array([False, True]))
   if settings.keep_best:
     # Also false where training ended in NaN.
     better = after <= before
-    trained = jax.tree.map(lambda new, old: jnp.where(better, new, old), trained, learned)
-    after = jnp.where(better, after, before)
+    trained, after = choose(better), jnp.where(better, after, before)
   return trained, ReconstructionLog(losses, before, after)

@@ -27,22 +27,20 @@ from threadpoolctl import threadpool_limits
 
 from common.errors import UserError
 from common.models.decoder import AttentionContext, Block
-from common.models.surgery import get_module, linear_paths, record_inputs
+from common.models.surgery import get_module, linear_paths
 from common.quantization.calibration import (
   Streams,
   check_finite,
   gptq_block,
-  passes,
+  largest_inputs,
   rtn_block,
   run_block,
-  token_mask,
 )
 from common.quantization.equivalent import smoothquant_scale
 from common.quantization.linear import get_kernels
 from common.quantization.reconstruction import (
   ReconstructionLog,
   ReconstructionSettings,
-  on_device,
   reconstruct,
 )
 from projects.flatquant.flat_block import LINEARS, FlatBlock, FlatQuantSettings
@@ -61,8 +59,7 @@ def initial_scales(
     alpha: 0 looks at the weights alone.
   """
   sites = {site: paths for site, paths in LINEARS.items() if site != "P_o P_v"}
-  first = tuple(paths[0] for paths in sites.values())
-  largest = _largest_inputs(*nnx.split(block), x, context, first)
+  largest = largest_inputs(block, x, context, [paths[0] for paths in sites.values()])
   scales = {}
   for site, paths in sites.items():
     kernels = list(get_kernels(block, list(paths)).values())
@@ -279,18 +276,3 @@ def _fold(graphdef, state):
   flat = nnx.merge(graphdef, jax.tree.map(cast(jnp.float64), state))
   folded_graphdef, folded = nnx.split(flat.fold())
   return folded_graphdef, jax.tree.map(cast(jnp.float32), folded)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _largest_inputs(graphdef, state, x, context, paths):
-  """The largest |input| of each channel over all tokens, {path: float32 [in]}."""
-
-  def of_rows(rows):
-    block, (x, context) = nnx.merge(graphdef, state), rows
-    _, inputs = record_inputs(block, list(paths), lambda block: block(on_device(x), context))
-    mask = token_mask(*rows)
-    largest = lambda v: jnp.max(jnp.abs(v.astype(jnp.float32)) * mask, axis=(0, 1))
-    return {path: largest(v) for path, v in inputs.items()}
-
-  maxima = jax.lax.map(of_rows, passes(x, context))
-  return {path: v.max(axis=0) for path, v in maxima.items()}

@@ -25,7 +25,7 @@ from common.quantization.calibration import quantize_model
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import ReconstructionSettings
 from common.reporting.report import Claim, Column, Report, Table
-from projects.flexround.methods import Protocol, initial_grids, optimizer_of, quantize_unit
+from projects.flexround.methods import Protocol, initial_grids, quantize_unit
 
 DOMAINS = ("embedded:code", "embedded:prose", "embedded:science")
 TITLE = "Sentence encoder, weights per channel, activations per tensor"
@@ -202,11 +202,11 @@ def quantize(
     ReconstructionSettings(config.encoder_steps, config.encoder_batch_size),
     ActivationFormat(bits, "per_tensor"),
   )
-  optimizer = optimizer_of(config.encoder_learning_rate, config.encoder_steps)
 
   def block(index, block, x, context):
     key = jax.random.fold_in(jax.random.key(0), index)
     grids = initial_grids(block, protocol)
-    return quantize_unit(method, block, x, context, key, protocol, optimizer, grids=grids).unit
+    rate = config.encoder_learning_rate
+    return quantize_unit(method, block, x, context, key, protocol, rate, grids=grids).unit
 
   return quantize_model(model, tokens, block, stream="both", **ids)

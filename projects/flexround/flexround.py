@@ -29,6 +29,7 @@ from common.quantization.quantized_array import IntegerFormat, QuantizedArray, f
 from common.quantization.quantized_kernel import quantize_kernels, quantized_kernels
 from common.quantization.reconstruction import (
   Learned,
+  OptimizerOfRate,
   ReconstructionLog,
   ReconstructionSettings,
   reconstruct,
@@ -175,7 +176,8 @@ def learn_block(
   key: Array,
   settings: FlexRoundSettings,
   reconstruction: ReconstructionSettings,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation | OptimizerOfRate,
+  learning_rate: float | None = None,
 ) -> tuple[Block, ReconstructionLog]:
   """A copy of a transformer block whose linears have learned `FlexRound` kernels.
 
@@ -187,6 +189,7 @@ def learn_block(
     settings: what is learned.
     reconstruction: how long; `drop_probability` is QDrop's.
     optimizer: see `make_optimizer`.
+    learning_rate: of an optimizer that is a function of it, see `reconstruct`.
 
   Raises:
     UserError: a weight or an input is NaN or infinite, or the group size does not divide.
@@ -207,6 +210,7 @@ def learn_block(
     key,
     reconstruction,
     optimizer,
+    learning_rate=learning_rate,
     full_precision_inputs=x.full_precision,
     objective=feature_sum,
   )
@@ -220,8 +224,9 @@ def quantize_block(
   *,
   settings: FlexRoundSettings,
   reconstruction: ReconstructionSettings,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation | OptimizerOfRate,
   key: Array,
+  learning_rate: float | None = None,
 ) -> Block:
   """`learn_block`, then packed: the function that `quantize_blocks(..., stream="both")` takes.
 
@@ -229,11 +234,12 @@ def quantize_block(
 
   Args:
     index: of the block; every block has its own batches.
-    block, x, context, settings, reconstruction, optimizer: see `learn_block`.
+    block, x, context, settings, reconstruction, optimizer, learning_rate: see `learn_block`.
     key: of the whole model.
   """
   key = jax.random.fold_in(key, index)
-  learned, _ = learn_block(block, x, context, key, settings, reconstruction, optimizer)
+  arguments = settings, reconstruction, optimizer, learning_rate
+  learned, _ = learn_block(block, x, context, key, *arguments)
   return pack_block(learned, settings.format)
 
 

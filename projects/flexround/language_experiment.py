@@ -28,7 +28,6 @@ from projects.flexround.methods import (
   QuantizedUnit,
   choose_learning_rate,
   initial_grids,
-  optimizer_of,
   quantize_unit,
 )
 
@@ -167,14 +166,11 @@ def sweep(config: ConfigDict, model: Decoder, tokens, protocol: Protocol) -> dic
 
 def quantize(method, model: Decoder, tokens, seed, protocol: Protocol, rates, grids) -> Quantized:
   """A copy of the decoder quantized block by block by one of the methods."""
-  results = []
-  optimizer = None
-  if method != "RTN":
-    optimizer = optimizer_of(rates[method], protocol.reconstruction.num_steps)
+  results, rate = [], rates.get(method)
 
   def block(index, block, x, context):
     key = jax.random.fold_in(jax.random.key(seed), index)
-    result = quantize_unit(method, block, x, context, key, protocol, optimizer, grids=grids[index])
+    result = quantize_unit(method, block, x, context, key, protocol, rate, grids=grids[index])
     results.append(result)
     return result.unit
 

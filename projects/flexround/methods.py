@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from common.errors import UserError
@@ -29,6 +28,7 @@ from common.quantization.quantized_kernel import (
   quantized_kernels,
 )
 from common.quantization.reconstruction import (
+  OptimizerOfRate,
   ReconstructionSettings,
   Run,
   reconstruct,
@@ -100,9 +100,9 @@ class QuantizedUnit(NamedTuple):
 
 
 @functools.cache
-def optimizer_of(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-  """`make_optimizer`, the same object for the same arguments: a key of compilations."""
-  return make_optimizer(learning_rate, num_steps)
+def optimizer_of(num_steps: int) -> OptimizerOfRate:
+  """`make_optimizer` of a rate, the same object for the same steps: a key of compilations."""
+  return functools.partial(make_optimizer, num_steps=num_steps)
 
 
 def choose_learning_rate(
@@ -122,12 +122,9 @@ def choose_learning_rate(
   """
   if len(rates) == 1 or method == "RTN":
     return rates[0]
-  steps, errors = protocol.reconstruction.num_steps, []
-  for rate in rates:
-    result = quantize_unit(
-      method, unit, x, context, key, protocol, optimizer_of(rate, steps), run=run
-    )
-    errors.append(result.error)
+  errors = [
+    quantize_unit(method, unit, x, context, key, protocol, rate, run=run).error for rate in rates
+  ]
   return rates[min(range(len(rates)), key=errors.__getitem__)]
 
 
@@ -157,7 +154,7 @@ def quantize_unit(
   context: Any,
   key: Array,
   protocol: Protocol,
-  optimizer: optax.GradientTransformation | None,
+  learning_rate: float | None,
   *,
   run: Run = run_transformer_block,
   grids: Grids | None = None,
@@ -171,7 +168,7 @@ def quantize_unit(
     context: passed to `run`.
     key: of the batches and of QDrop.
     protocol: the conditions.
-    optimizer: of what is learned; not used by RTN.
+    learning_rate: of what is learned; not used by RTN.
     run: how the unit is called.
     grids: of the unit, by default `initial_grids` of it. (The search does not depend on the
       method.)
@@ -184,7 +181,7 @@ def quantize_unit(
   check_finite(unit, x.quantized)
   grids = initial_grids(unit, protocol) if grids is None else grids
   if protocol.layer_wise:
-    return _layer_by_layer(method, unit, x, context, key, protocol, optimizer, run, grids)
+    return _layer_by_layer(method, unit, x, context, key, protocol, learning_rate, run, grids)
   targets = run_unit(unit, x.full_precision, context, run)
   rounded = _student("RTN", unit, x, context, protocol, run, grids)
   freeze(rounded)
@@ -201,7 +198,8 @@ def quantize_unit(
     context,
     key,
     dataclasses.replace(protocol.reconstruction, keep_best=not soft),
-    optimizer,
+    optimizer_of(protocol.reconstruction.num_steps),
+    learning_rate=learning_rate,
     full_precision_inputs=x.full_precision,
     objective=adaround_objective if soft else feature_sum,
     run=run,
@@ -285,7 +283,7 @@ def round_to_nearest(
 
 
 def _layer_by_layer(
-  method, unit, x, context, key, protocol, optimizer, run, grids
+  method, unit, x, context, key, protocol, learning_rate, run, grids
 ) -> QuantizedUnit:
   """Every layer as a unit of its own, in the order in which they are called."""
   targets = run_unit(unit, x.full_precision, context, run)
@@ -308,7 +306,7 @@ def _layer_by_layer(
       None,
       jax.random.fold_in(key, i),
       protocol,
-      optimizer,
+      learning_rate,
       run=run_layer,
       grids={"layer": grids[path]},
     )

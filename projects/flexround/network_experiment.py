@@ -20,7 +20,6 @@ from projects.flexround.methods import (
   Protocol,
   choose_learning_rate,
   initial_grids,
-  optimizer_of,
   quantize_unit,
 )
 
@@ -144,16 +143,13 @@ def quantize(method, config, model, digits, seed, protocol, rates, grids) -> Out
   """Quantizes the network by one method and tests it."""
   errors = []
   rate = rates.get("FlexRound" if method in ABLATIONS else method)
-  optimizer = None if rate is None else optimizer_of(rate, config.network_steps)
 
   def one(index, edge, unit, x, run):
     key = jax.random.fold_in(jax.random.key(seed), index)
     conditions = edge_protocol(protocol) if edge else protocol
     # At 8 bits there is next to nothing to learn.
     used = "RTN" if edge else method
-    result = quantize_unit(
-      used, unit, x, None, key, conditions, optimizer, run=run, grids=grids[index]
-    )
+    result = quantize_unit(used, unit, x, None, key, conditions, rate, run=run, grids=grids[index])
     if not edge:
       errors.append(result.error)
     return result.unit

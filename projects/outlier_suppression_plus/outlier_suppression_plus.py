@@ -7,7 +7,8 @@ the linears are packed with rounded inputs. Nothing is left to compute at infere
 residual branch of post-norm blocks (`post_norm`).
 
 `quantize_block` fits `common.quantization.calibration.quantize_blocks` (stream="quantized"): memory
-holds one block. `quantize` takes a whole decoder or encoder.
+holds one block, and its inputs may lie in the host's (see `Settings.all_tokens`). `quantize` takes a
+whole decoder or encoder.
 """
 
 import dataclasses
@@ -47,8 +48,8 @@ from common.quantization.shift_and_scale import (
 from projects.outlier_suppression_plus.observation import (
   Observer,
   attention_ranges,
+  needs_all_tokens,
   observed_range,
-  repeat_real_tokens,
   stage_inputs,
 )
 from projects.outlier_suppression_plus.post_norm import PostNormBlock, fold_inputs, plain_block
@@ -122,6 +123,16 @@ class Settings:
         f"lower_fraction={self.lower_fraction}; expected at least 1, positive, and in (0, 1]"
       )
 
+  @property
+  def all_tokens(self) -> bool:
+    """Whether the inputs of a stage are looked at all at once, on the device.
+
+    A mean, a median and some static ranges are of all tokens. Otherwise samples come one at a time,
+    from wherever they lie, and the smallest and the largest value of each channel are kept.
+    """
+    static = self.activations.granularity == "per_tensor"
+    return self.shift in ("mean", "median") or (static and needs_all_tokens(self.observer))
+
 
 def quantize_block(
   index: int,
@@ -175,17 +186,16 @@ def calibrate_block(
   observation = settings.activations, settings.observer, settings.percentile
   for stage in GPTQ_STAGES:
     paths = [path for path in stage if path in every]
-    features = stage_inputs(*nnx.split(block), x, context, paths[0])
-    if site := by_linear.get(paths[0]):
+    site, ranges = by_linear.get(paths[0]), None
+    if site or static:
+      arguments = paths[0], min(settings.search_samples, len(x)), settings.all_tokens
+      features, real = stage_inputs(*nnx.split(block), x, context, *arguments)
+    if site:
       gain = input_gain if site.previous == "attention_input" else _gain(block, site)
-      # Padding must not widen a range.
-      real = repeat_real_tokens(features, token_mask(x, context))
       found[site.previous] = find(block, site, features, real, context, settings, gain)
       fold(block, site, found[site.previous])
-      features = _shift_and_scale(features, *found[site.previous][:2])
-    ranges = None
+      real = _shift_and_scale(real, *found[site.previous][:2])
     if static:
-      real = repeat_real_tokens(features, token_mask(x, context))
       ranges = dict.fromkeys(paths, observed_range(real, *observation))
     pack_linears(
       block,
@@ -213,8 +223,8 @@ def find(
   Args:
     block: not modified.
     site: which.
-    features: inputs of the site's linears, [samples, seq, in].
-    real: the same with real tokens in the place of padding.
+    features: inputs of the site's linears, of the search's samples, [search_samples, seq, in].
+    real: those of all samples, as `real_tokens` gives them.
     context: the block's.
     settings: formats and method.
     gain: of the norm, [in], or None.
@@ -228,13 +238,12 @@ def find(
     largest = jnp.maximum(high, -low)
     return ShiftAndScale(shift, smoothquant_scale(largest, kernels, settings.alpha), None)
   if settings.scale == "threshold":
-    samples = min(settings.search_samples, len(features))
-    cut = lambda leaf: leaf[:samples] if leaf.ndim and len(leaf) == len(features) else leaf
+    cut = lambda leaf: leaf[: len(features)] if leaf.ndim and len(leaf) == len(real) else leaf
     module = nnx.clone(get_module(block, site.linears[0].split(".")[0]))
     add_to_biases(module, site, shift)
     search = search_site(
       *nnx.split(module),
-      features[:samples] - shift,
+      features - shift,
       jax.tree.map(cut, context),
       low,
       high,

@@ -6,13 +6,16 @@ channels are reassembled, then weights, linears' inputs and attention's operands
 blocks of the round are then tuned jointly (`error_correction`). Memory holds one round.
 
 `quantize_block` fits `common.quantization.calibration.quantize_blocks` (stream="both") with rounds of
-one block; `quantize` takes a whole decoder and also tunes its final norm.
+one block, whose inputs may lie in the host's memory: the search and the scores hold those of
+`search_samples` samples, all else is a maximum, a sum or a batch. `quantize` takes a whole decoder
+and also tunes its final norm.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from common.errors import UserError
@@ -21,12 +24,11 @@ from common.models.surgery import get_module, replace_module
 from common.quantization import rtn
 from common.quantization.activations import ActivationFormat, quantize_inputs
 from common.quantization.attention import QuantizedAttention
-from common.quantization.calibration import Streams, check_finite, run_block, token_mask
+from common.quantization.calibration import Streams, check_finite, passes, run_block, token_mask
 from common.quantization.linear import get_kernels, pack_linears
 from common.quantization.quantized_kernel import quantize_kernels
 from common.quantization.reassembly import ReassembledInput, reassemble_weights
-from common.quantization.reconstruction import ReconstructionLog, reconstruct
-from projects.qllm.channel_reassembly import mean_squared_error
+from common.quantization.reconstruction import ReconstructionLog, on_device, reconstruct
 from projects.qllm.error_correction import (
   BiasedNorm,
   BlockGroup,
@@ -128,7 +130,7 @@ def quantize_round(
     features = x.quantized
     for block in quantized:
       features = run_block(block, features, context)
-  error = _error(features, targets, token_mask(targets, context))
+  error = _error(features, targets, context)
   return quantized, Streams(targets, features), RoundLog(found, log, error)
 
 
@@ -313,6 +315,18 @@ def check_block(
   check_finite(block, x)
 
 
-_error = jax.jit(mean_squared_error)
+@jax.jit
+def _error(output: Array, target: Array, context: AttentionContext) -> Array:
+  """Mean squared error of real tokens, float32 []; of a few rows at a time, wherever they lie."""
+
+  def of_rows(rows):
+    (output, context), target = rows
+    error = on_device(output).astype(jnp.float32) - on_device(target).astype(jnp.float32)
+    return jnp.sum(error**2 * token_mask(output, context))
+
+  squares = jax.lax.map(of_rows, (passes(output, context), passes(target, context)[0]))
+  return squares.sum() / (token_mask(output, context).sum() * output.shape[-1])
+
+
 _reassemble_weights = jax.jit(reassemble_weights)
 _quantize = jax.jit(rtn.quantize, static_argnums=1)

@@ -10,7 +10,7 @@ from flax import nnx
 from common.models.decoder import AttentionContext, Block, DecoderConfig
 from common.models.surgery import get_module
 from common.quantization.activations import ActivationFormat
-from common.quantization.calibration import block_inputs, token_mask
+from common.quantization.calibration import block_inputs, largest_inputs, token_mask
 from common.quantization.equivalent import ScalingGroup, scaling_groups
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reassembly import Reassembly, reassemble_activations, reassemble_weights
@@ -59,16 +59,17 @@ def find_reassemblies(
   """Threshold and reassembly of every site, {path before it: what was found}; see `student_block`."""
   if settings.reassembly == "none":
     return {}
-  inputs, found = block_inputs(block, x, context), {}
+  paths, found = [site.linears[0] for site in sites(config)], {}
+  all_largest = largest_inputs(block, x, context, paths)
   samples = min(settings.search_samples, len(x))
+  inputs = block_inputs(block, x, context, paths, samples)
   cut = lambda leaf: leaf[:samples] if leaf.ndim and len(leaf) == len(x) else leaf
   few = jax.tree.map(cut, context)
   for site in sites(config):
-    features = inputs[site.linears[0]]
-    largest = _channel_maxima(features, token_mask(x, context))
+    largest = all_largest[site.linears[0]]
     module = nnx.split(get_module(block, site.linears[0].split(".")[0]))
     static = site, settings.max_extra(largest.size), settings.score
-    arguments = features[:samples], few, largest
+    arguments = inputs[site.linears[0]], few, largest
     search = None
     if settings.threshold == "adaptive" and settings.reassembly != "assembly":
       formats = settings.weights, settings.activations
@@ -141,5 +142,4 @@ def reassemble_site(
   return reassembly, extra, error / mean_squared_error(target, jnp.zeros_like(target), mask)
 
 
-_channel_maxima = jax.jit(lambda x, mask: jnp.max(jnp.abs(x * mask), axis=(0, 1)))
 _smallest_threshold = jax.jit(smallest_threshold, static_argnums=1)

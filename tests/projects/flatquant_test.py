@@ -188,8 +188,9 @@ def test_flatness():
 # Blocks.
 
 
-def grouped_query_block():
-  """The first block of a random decoder, its inputs and its context."""
+@pytest.fixture(scope="module")
+def small_block():
+  """The first block of a random decoder with grouped queries, its inputs and its context."""
   model = random_decoder(ARCHITECTURES["qwen2, grouped-query"])
   x, context = model.stem(jnp.asarray(random_tokens(model.config)))
   return model.blocks[0], x, context
@@ -215,8 +216,8 @@ def block_and_inputs(draw):
 
 
 @pytest.mark.parametrize("matrices", ["svd", "inverse"])
-def test_transforms_leave_the_function(matrices, block_and_inputs):
-  block, x, context = block_and_inputs if matrices == "inverse" else grouped_query_block()
+def test_transforms_leave_the_function(matrices, small_block):
+  block, x, context = small_block
   settings = FlatQuantSettings(clip=False, matrices=matrices)
   flat = initial_block(block, x, context, jax.random.key(0), settings)
   rng = np.random.default_rng(0)

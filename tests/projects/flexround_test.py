@@ -250,7 +250,7 @@ def test_the_search_is_never_worse_than_min_max(format):
 # All linears have one shape, so that there is one program.
 LLAMA = dataclasses.replace(ARCHITECTURES["llama"], intermediate_size=32)
 RECONSTRUCTION = ReconstructionSettings(num_steps=20, batch_size=2)
-ADAM = optax.adam(5e-3)
+LEARNING_RATE = 1e-2
 TINY = config.get_config("tiny")
 
 
@@ -278,7 +278,8 @@ def test_blocks_are_streamed_packed_and_compiled_once():
     quantize_block,
     settings=settings,
     reconstruction=language_experiment.reconstruction_settings(TINY),
-    optimizer=optimizer_of(TINY.learning_rates.FlexRound[0], TINY.steps),
+    optimizer=optimizer_of(TINY.steps),
+    learning_rate=TINY.learning_rates.FlexRound[0],
     key=jax.random.key(0),
   )
   listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
@@ -305,7 +306,7 @@ def run_mlp(mlp, x, context):
 def test_learning_never_ends_above_rounding_to_nearest(model, streams, layer_wise):
   """A unit is whatever `run` calls: here a block's MLP."""
   protocol = Protocol(IntegerFormat(3), "min_max", RECONSTRUCTION, layer_wise=layer_wise)
-  arguments = (model.blocks[0].mlp, *streams, jax.random.key(0), protocol, ADAM)
+  arguments = (model.blocks[0].mlp, *streams, jax.random.key(0), protocol, LEARNING_RATE)
   result = quantize_unit("FlexRound", *arguments, run=run_mlp)
   assert result.error < 0.9 * result.rtn_error
   assert set(result.shifts) == {"gate_proj", "up_proj", "down_proj"}
@@ -360,7 +361,7 @@ def test_bad_input_is_named_before_any_work(model, streams):
     FlexRoundSettings(FORMATS[0], parametrization="exp")
   x, context = streams
   protocol = Protocol(FORMATS[0], "min_max", RECONSTRUCTION)
-  arguments = (x, context, jax.random.key(0), protocol, ADAM)
+  arguments = (x, context, jax.random.key(0), protocol, LEARNING_RATE)
   with pytest.raises(UserError, match="method='GPTQ'.*AdaRound"):
     quantize_unit("GPTQ", model.blocks[0], *arguments)
   broken: Block = nnx.clone(model.blocks[0])

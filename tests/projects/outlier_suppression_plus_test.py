@@ -31,6 +31,7 @@ from projects.outlier_suppression_plus import config as osp_config
 from projects.outlier_suppression_plus import experiment
 from projects.outlier_suppression_plus import outlier_suppression_plus as osp
 from projects.outlier_suppression_plus.methods import main_methods, settings_of
+from projects.outlier_suppression_plus.observation import observed_range, operands, stage_inputs
 from projects.outlier_suppression_plus.outlier_suppression import (
   clipping_quantiles,
   least_loss,
@@ -192,9 +193,10 @@ def test_quantized_model(model, tokens, quantized):
   np.testing.assert_allclose(logits(folded, tokens), logits(model, tokens), atol=1e-3)
 
 
-def test_blocks_one_at_a_time(model, tokens, quantized):
+def test_blocks_one_at_a_time_from_host_memory(model, tokens, quantized):
   block = functools.partial(osp.quantize_block, config=model.config, settings=STATIC)
-  blocks = quantize_blocks(model, iter(model.blocks), tokens, block, stream="quantized")
+  options = {"stream": "quantized", "sample_memory": "pinned_host"}
+  blocks = quantize_blocks(model, iter(model.blocks), tokens, block, **options)
   for streamed, whole in zip(blocks, quantized[0].blocks, strict=True):
     a, b = (jax.tree.leaves(nnx.state(m)) for m in (streamed, whole))
     assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
@@ -241,6 +243,32 @@ def test_padding_does_not_count(encoder):
   real = np.asarray(x)[segment_ids != 0]
   middle = (real.max(axis=0) + real.min(axis=0)) / 2
   np.testing.assert_allclose(found[0]["attention_input"].shift, middle, atol=1e-6)
+
+
+def test_two_values_of_a_sample_s_channels_give_the_ranges_of_all_tokens(encoder):
+  rng = np.random.default_rng(0)
+  tokens = jnp.asarray(rng.integers(1, 64, (3, 12)), jnp.int32)
+  segment_ids = jnp.asarray(np.arange(12) < np.array([[12], [5], [7]]), jnp.int32)
+  x, context = encoder.stem(tokens, segment_ids)
+  block = nnx.split(PostNormBlock(nnx.clone(encoder.blocks[0])))
+  record = lambda all_tokens: stage_inputs(*block, x, context, "mlp.up_proj", 2, all_tokens)
+  (first, tokens), (same, ends) = record(True), record(False)
+  np.testing.assert_array_equal(first, same)
+  np.testing.assert_array_equal(first[0], tokens[0])
+  np.testing.assert_array_equal(first[1, :5], tokens[1, :5])
+  np.testing.assert_array_equal(first[1, :5], tokens[1, 5:10])
+  assert ends.shape == (3, 2, 16) and tokens.shape == (3, 12, 16)
+  # A scale of each channel leaves the order of its values.
+  shift, scale = (rng.normal(size=16).astype(np.float32) for _ in range(2))
+  pairs = [[(v - shift) / np.exp(scale) for v in (tokens, ends)]]
+  noted = [operands(*block, x, context, all_tokens) for all_tokens in (True, False)]
+  pairs += [[found[name] for found in noted] for name in ("query", "probabilities")]
+  for observer in ("min_max", "average_min_max"):
+    for pair in pairs:
+      of_tokens, of_ends = (
+        observed_range(value, STATIC.activations, observer, 100.0) for value in pair
+      )
+      assert of_tokens == of_ends and of_tokens[0] < of_tokens[1]
 
 
 def test_gamma_migration_and_token_wise_clipping(encoder):

@@ -17,6 +17,7 @@ from common.quantization import rtn
 from common.quantization.activations import ActivationFormat, fake_quantize
 from common.quantization.calibration import Streams, quantize_blocks, run_block
 from common.quantization.quantized_array import IntegerFormat
+from common.quantization.reconstruction import in_host_memory
 from common.quantization.shift_and_scale import linear_outputs
 from projects.qllm import channel_reassembly as cr
 from projects.qllm import config as qllm_config
@@ -24,7 +25,14 @@ from projects.qllm import experiment
 from projects.qllm.baselines import OmniQuantBlock, clipped_codes
 from projects.qllm.error_correction import BlockGroup, LowRankKernel, merge_correction
 from projects.qllm.methods import settings_of
-from projects.qllm.qllm import check_block, check_model, quantize, quantize_block, student_block
+from projects.qllm.qllm import (
+  check_block,
+  check_model,
+  quantize,
+  quantize_block,
+  quantize_round,
+  student_block,
+)
 from projects.qllm.settings import Settings, Tuning
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -277,17 +285,27 @@ def test_student_starts_as_the_quantized_block_and_keep_keeps_it():
   assert np.mean(np.abs(merged.dequantize() - round_to_nearest(w, W4)) > 1e-5) < 0.01
 
 
-def test_blocks_stream():
+def test_blocks_stream_from_host_memory():
   draw = tiny_draw()
   settings = dataclasses.replace(SETTINGS, tuning=None)
   block = functools.partial(
     quantize_block, config=draw.model.config, settings=settings, key=jax.random.key(0)
   )
-  streamed = quantize_blocks(draw.model, draw.model.blocks, draw.tokens, block, stream="both")
-  whole, _ = quantize(draw.model, draw.tokens, settings, jax.random.key(0))
+  options = {"stream": "both", "sample_memory": "pinned_host"}
+  streamed = quantize_blocks(draw.model, draw.model.blocks, draw.tokens, block, **options)
+  whole, logs = quantize(draw.model, draw.tokens, settings, jax.random.key(0))
   for one, other in zip(streamed, whole.blocks, strict=True):
     for a, b in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(other))):
       np.testing.assert_array_equal(a, b)
+  x, context = draw.model.stem(draw.tokens)
+  there = in_host_memory(x)
+  arguments = context, draw.model.config, settings, jax.random.key(0)
+  _, outputs, log = quantize_round([draw.model.blocks[0]], Streams(there, there), *arguments)
+  assert {output.sharding.memory_kind for output in outputs} == {"pinned_host"}
+  np.testing.assert_array_equal(log.merged_error, logs[0].merged_error)
+  full_precision, quantized = jax.device_get(outputs)
+  expected = np.mean((quantized - full_precision) ** 2)
+  np.testing.assert_allclose(log.merged_error, expected, rtol=1e-5)
 
 
 def test_omniquant_starts_near_rounding_and_clips():

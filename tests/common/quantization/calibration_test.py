@@ -28,6 +28,7 @@ from common.quantization.calibration import (
   block_inputs,
   check_finite,
   gptq_block,
+  largest_inputs,
   quantize_blocks,
   quantize_model,
   rtn_block,
@@ -285,6 +286,11 @@ def test_block_inputs_and_hessians_are_those_of_the_linears(name, x):
   assert inputs.keys() == expected.keys() == set(linear_paths(block))
   for path in inputs:
     np.testing.assert_allclose(inputs[path], expected[path], **CLOSE)
+  down = ["mlp.down_proj"]
+  (few,) = block_inputs(block, x, context, down, 3).values()
+  np.testing.assert_array_equal(few, inputs[down[0]][:3])
+  (largest,) = largest_inputs(block, x, context, down).values()
+  np.testing.assert_allclose(largest, np.abs(expected[down[0]]).max(axis=(0, 1)), **CLOSE)
 
   paths = ("attention.o_proj", "mlp.down_proj")
   hessians = block_hessians(block, x, context, paths)
@@ -404,8 +410,10 @@ def test_activations_in_host_memory_give_the_same_bits(model, tokens):
     def quantize_block(index, block, x, context):
       assert {stream.sharding.memory_kind for stream in x} == {sample_memory}
       check_finite(block, x.quantized)
-      hessians = block_hessians(block, x.quantized, context, ["mlp.down_proj"])
-      seen.append((x, hessians, block_inputs(block, x.full_precision, context)))
+      down = ["mlp.down_proj"]
+      hessians = block_hessians(block, x.quantized, context, down)
+      largest = largest_inputs(block, x.quantized, context, down)
+      seen.append((x, hessians, largest, block_inputs(block, x.full_precision, context)))
       return rtn_block(block, FORMAT)
 
     quantize_model(model, tokens, quantize_block, stream="both", sample_memory=sample_memory)
@@ -426,10 +434,17 @@ def test_on_a_tpu_only_a_pass_of_activations_in_host_memory_is_copied():
   x = jax.ShapeDtypeStruct((1024, 16, 128), jnp.float32, sharding=where)
   everywhere = NamedSharding(mesh, PartitionSpec())
   put = lambda tree: place(tree, jax.tree.map(lambda _: everywhere, tree))
-  step = lambda state, x, context: run_block(nnx.merge(graphdef, state), x, context)
   arguments = put(state), x, put(context_of(config, x))
-  memory = compile_step(Step("run a block", step, arguments)).memory
-  assert memory.outputs == 0 and memory.total < 0.5 * math.prod(x.shape) * x.dtype.itemsize
+  down, size = ["mlp.down_proj"], math.prod(x.shape) * x.dtype.itemsize
+  for run in (
+    run_block,
+    lambda block, x, context: largest_inputs(block, x, context, down),
+    lambda block, x, context: block_inputs(block, x, context, down, 1),
+  ):
+    step = lambda state, *arguments, run=run: run(nnx.merge(graphdef, state), *arguments)
+    memory = compile_step(Step("a pass", step, arguments)).memory
+    assert memory.total < 0.5 * size
+    assert run is not run_block or memory.outputs == 0
 
 
 def test_activations_in_host_memory_that_are_not_finite_are_named(model, x):

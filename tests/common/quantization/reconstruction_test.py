@@ -236,6 +236,34 @@ def test_blocks_of_one_shape_compile_once(problem):
   assert not compilations
 
 
+def test_learning_rates_share_a_compilation():
+  class Shift(nnx.Module):
+    def __init__(self):
+      self.shift = Learned(jnp.zeros(3))
+
+    def __call__(self, x):
+      return x + self.shift[...]
+
+  x = jax.random.normal(jax.random.key(0), (4, 3))
+  arguments = (Shift(), x, x + 1, None, jax.random.key(0), ReconstructionSettings(5, 2))
+  run = lambda student, x, context: student(x)
+  compilations = []
+  listener = lambda name, *_, **__: compilations.append(name) if "backend_compile" in name else None
+
+  def learned(optimizer, **options):
+    return reconstruct(*arguments, optimizer, run=run, **options)[1].losses
+
+  learned(optax.adam, learning_rate=0.1)
+  jax.monitoring.register_event_duration_secs_listener(listener)
+  try:
+    found = learned(optax.adam, learning_rate=0.3)
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listener)
+  assert not compilations
+  np.testing.assert_allclose(found, learned(optax.adam(0.3)), rtol=1e-6)
+  assert float(found[-1]) < float(found[0])
+
+
 def test_a_convolution_can_have_a_learned_kernel():
   conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
   double = lambda kernel: 2 * kernel
