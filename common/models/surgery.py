@@ -3,9 +3,11 @@
 A path is the dotted attribute path inside a module, such as "attention.q_proj".
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -73,3 +75,47 @@ def record_inputs(module: nnx.Module, paths: list[str], run: Callable[[nnx.Modul
     for path, layer in originals.items():
       replace_module(module, path, layer)
   return output, inputs
+
+
+class _Added(nnx.Module):
+  """A layer to whose output something is added; of a tuple, to the first."""
+
+  def __init__(self, layer, add: Callable[[jax.Array], jax.Array]):
+    self.layer = layer
+    self.add = add
+
+  def __call__(self, *args, **options):
+    output = self.layer(*args, **options)
+    if isinstance(output, tuple):
+      return (self.add(output[0]), *output[1:])
+    return self.add(output)
+
+
+def output_gradients(
+  module: nnx.Module, paths: Sequence[str], loss: Callable[[nnx.Module], jax.Array]
+) -> dict[str, jax.Array]:
+  """Gradients of a loss by the outputs of layers, {path: in the output's shape}.
+
+  Args:
+    module: not modified.
+    paths: layers, none below another; each must be called exactly once by `loss`. Of a layer that
+      returns a tuple it is the first output.
+    loss: module -> [].
+  """
+  graphdef, state = nnx.split(module)
+
+  def run(add):
+    module = nnx.merge(graphdef, state)
+    for path in paths:
+      replace_module(module, path, _Added(get_module(module, path), functools.partial(add, path)))
+    return loss(module)
+
+  outputs = {}
+
+  def note(path, y):
+    outputs[path] = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    return y
+
+  jax.eval_shape(lambda: run(note))
+  zeros = {path: jnp.zeros(y.shape, y.dtype) for path, y in outputs.items()}
+  return jax.grad(lambda added: run(lambda path, y: y + added[path]))(zeros)

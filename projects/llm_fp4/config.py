@@ -47,6 +47,11 @@ def get_config(preset: str = "default") -> ConfigDict:
       "metric": "l2",
       "offset_rounding": "separate",
       "fold": "exact",
+      # Of encoders and vision transformers, as in the paper, and not of language models: the products
+      # inside attention, Q K^T and P V, are quantized too, and classifiers' errors are weighted by the
+      # loss's gradients ("hessian"; "metric" serves what has no loss here).
+      "attention_products": True,
+      "classifier_metric": "hessian",
       # Small ViTs trained on scikit-learn's digits, one per seed: their epochs, 0 leaves them out.
       "vision_epochs": 12,
       "vision_size": 32,

@@ -16,7 +16,7 @@ from common.data.sources import load_documents
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
-from common.evaluation.text_classification import read_task, scores, task_table
+from common.evaluation.text_classification import labelled_texts, read_task, scores, task_table
 from common.models.encoder import Encoder
 from common.paths import models_dir
 from common.reporting.report import Claim, Column, Report, Table
@@ -26,6 +26,7 @@ from projects.llm_fp4.methods import (
   FPQ,
   MINMAX_FP,
   MINMAX_INT,
+  classifier_settings,
   fpq_settings,
   integer_model,
 )
@@ -105,8 +106,8 @@ def compare_on_retrieval(
       note=(
         f"{len(collection.documents)} documents and {len(collection.queries)} queries; "
         f"{config.encoder_samples} other documents of {config.encoder_length} tokens at most for "
-        f"calibration. Accuracy, F1 and Matthews: which of three domains {TEXTS} texts are from, by "
-        "logistic regression on full-precision embeddings of others."
+        f"calibration. {products_note(config)} Accuracy, F1 and Matthews: which of three domains "
+        f"{TEXTS} texts are from, by logistic regression on full-precision embeddings of others."
       ),
     )
   )
@@ -114,7 +115,12 @@ def compare_on_retrieval(
 
 
 def quantized_models(
-  config: ConfigDict, model: Encoder, tokens: jax.Array, **ids: jax.Array
+  config: ConfigDict,
+  model: Encoder,
+  tokens: jax.Array,
+  *,
+  labels: np.ndarray | None = None,
+  **ids: jax.Array,
 ) -> Iterator[tuple[str, int, Encoder]]:
   """Every method at every width: name, bits, and the encoder, embeddings included.
 
@@ -122,13 +128,21 @@ def quantized_models(
     config: the run's.
     model: in full precision.
     tokens: calibration samples, int32 [samples, seq].
+    labels: their classes, int [samples]; without them there is no loss, and `metric` applies.
     **ids: `segment_ids` and `token_types` of the same shape, as of `search_model`.
   """
+  products = config.attention_products
+  part = {"attention_products": products} if labels is None else classifier_settings(config)
   for bits in config.encoder_bits:
     options = {"embedding_bits": bits, **ids}
-    yield MINMAX_INT, bits, integer_model(model, tokens, bits, **options)
+    yield (
+      MINMAX_INT,
+      bits,
+      integer_model(model, tokens, bits, attention_products=products, **options),
+    )
     for name, changes in FLOAT_METHODS.items():
-      yield name, bits, fpq(model, tokens, fpq_settings(config, bits, **changes), **options)
+      settings = fpq_settings(config, bits, **part | changes)
+      yield name, bits, fpq(model, tokens, settings, labels=labels, **options)
 
 
 def compare_on_task(
@@ -145,6 +159,10 @@ def compare_on_task(
     num_calibration=config.encoder_samples,
   )
   calibration = {name: jnp.asarray(ids) for name, ids in task.calibration._asdict().items()}
+  _, labels = labelled_texts(
+    config.labelled_train, config.labelled_fields, model, tokenizer, config.encoder_length
+  )
+  calibration["labels"] = labels[: config.encoder_samples]
 
   def models():
     yield "full precision", "32/32/32", model
@@ -152,6 +170,11 @@ def compare_on_task(
       yield name, f"{bits}/{bits}/{bits}", quantized
 
   report.tables.append(task_table(config.encoder, "bits E/W/A", task, models()))
+
+
+def products_note(config: ConfigDict) -> str:
+  kept = "quantized too" if config.attention_products else "in full precision"
+  return f"The products inside attention are {kept}."
 
 
 def claims(config: ConfigDict, cosine, ndcg) -> list[Claim]:

@@ -8,7 +8,7 @@ from common.errors import UserError
 from common.reporting.report import Report
 from projects.llm_fp4.encoder_experiment import compare_on_encoder
 from projects.llm_fp4.language_experiment import compare_on_language_model
-from projects.llm_fp4.methods import fpq_settings
+from projects.llm_fp4.methods import classifier_settings, fpq_settings
 from projects.llm_fp4.vision_experiment import compare_on_digits, compare_on_images
 
 
@@ -24,6 +24,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     raise UserError("seeds is empty: give at least one")
   for bits in (config.bits, *config.other_bits, *config.encoder_bits):
     fpq_settings(config, bits)
+    fpq_settings(config, bits, **classifier_settings(config))
   report = Report(tables=[], figures=[], claims=[])
   if config.model:
     compare_on_language_model(config, workdir, report)

@@ -1,4 +1,4 @@
-"""Linear layers with few-bit floating-point weights and activations."""
+"""Linear layers and attention with few-bit floating-point weights and activations."""
 
 import functools
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from common.quantization import float_format
+from common.quantization.attention import OPERANDS, attention_operands
 from common.quantization.float_linear import FloatLinear
 from projects.llm_fp4.llm_fp4 import (
   FPQSettings,
@@ -15,6 +16,7 @@ from projects.llm_fp4.llm_fp4 import (
   quantize_to,
   quantized_kernel,
 )
+from projects.llm_fp4.products import AttentionSearch
 
 Array = jax.Array
 
@@ -39,6 +41,26 @@ class FPQLinear(nnx.Module):
     rounded = quantize_to(x, self.activation_format[...], self.activation_bias[...])
     y = jnp.matmul(rounded.astype(x.dtype), self.kernel[...])
     return y if self.bias is None else y + self.bias[...]
+
+
+class FPQAttention(nnx.Module):
+  """Q(Q) Q(K)^T and Q(P) Q(V) in floating point; takes the place of `attend` in `Attention`."""
+
+  def __init__(self, search: AttentionSearch, settings: FPQSettings):
+    self.formats = nnx.Param(_format_bits(settings.activation_formats, search.formats))
+    self.biases = nnx.Param(search.biases)
+
+  def __call__(self, query: Array, key: Array, value: Array, **options) -> Array:
+    """As `kernels.attention.api.attention`, with as many heads of keys as of queries."""
+    query, key, value = map(self._round, ("query", "key", "value"), (query, key, value))
+    probabilities = attention_operands(query, key, value, **options)["probabilities"]
+    probabilities = self._round("probabilities", probabilities)
+    precision = "highest" if value.dtype == jnp.float32 else None
+    return jnp.matmul(probabilities, value, precision=precision)
+
+  def _round(self, operand: str, x: Array) -> Array:
+    i = OPERANDS.index(operand)
+    return quantize_to(x, self.formats[...][i], self.biases[...][i]).astype(x.dtype)
 
 
 def fold(linear: nnx.Linear, search: LinearSearch, settings: FPQSettings) -> FloatLinear:

@@ -8,7 +8,8 @@ b, which says where the largest value lies (section 3.2 and Algorithm 1):
   weights      a bias for each output channel,     argmin  mean over tokens of (Y - Q_b(X) Q_b(W))^2
   activations  one bias rho for the tensor, and the same objective over the whole output
 
-In turn, `rounds` times. What is new is the pre-shifted exponent bias (section 3.3): activations
+In turn, `rounds` times. Classifiers' errors are multiplied by the loss's gradients (metric "hessian",
+Appendix A); products of two activations have a bias for either tensor (`products`). What is new is the pre-shifted exponent bias (section 3.3): activations
 differ between channels and not within one, so channel j has the bias b_j = rho + o_j with an integer
 o_j in 0 ... 2^e - 1. As Q_{b_j}(x) = 2^-o_j Q_rho(2^o_j x), the stored activations have one bias and
 the power of two moves into the weights' input channel (`FloatLinear`).
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 from common.errors import UserError
 from common.quantization import float_format
 from common.quantization.float_format import FloatFormat
+from projects.llm_fp4.metrics import METRICS, l2, scaled_gradients
 
 Array = jax.Array
 
@@ -51,12 +53,14 @@ class FPQSettings:
     rounds: how often weights and activations are searched in turn.
     grid_size: number of gammas.
     param: what gamma multiplies, the bias (the paper) or the largest value ("maxval_gamma").
-    metric: of the layer's output, over tokens: mean squared or absolute error, or 1 - cosine or
-      1 - Pearson's correlation of each output channel.
+    metric: of the layer's output, over tokens: mean squared or absolute error, 1 - cosine or
+      1 - Pearson's correlation of each output channel, or the mean squared error times the squared
+      gradients of the loss ("hessian", equation 24).
     offset_rounding: o = round(b_j) - round(rho), as in the paper's code ("separate"), or
       round(b_j - rho), as in its text ("difference").
     fold: weights are rounded before the powers of two are folded into them ("exact"), or are folded
       and then rounded, so that the stored weights are plain FP4 ("requantize").
+    attention_products: quantize both operands of Q K^T and P V too, to `activation_bits`.
     tokens: about how many tokens the search looks at, evenly spaced; None takes all. Largest
       magnitudes are of all tokens anyway.
 
@@ -72,9 +76,10 @@ class FPQSettings:
   rounds: int = 3
   grid_size: int = 100
   param: Literal["bias_gamma", "maxval_gamma"] = "bias_gamma"
-  metric: Literal["l2", "l1", "cosine", "pearson"] = "l2"
+  metric: Literal["l2", "l1", "cosine", "pearson", "hessian"] = "l2"
   offset_rounding: Literal["separate", "difference"] = "separate"
   fold: Literal["exact", "requantize"] = "exact"
+  attention_products: bool = False
   tokens: int | None = None
 
   def __post_init__(self):
@@ -143,15 +148,16 @@ class LinearSearch(NamedTuple):
     return self.tensor_bias + self.offsets
 
 
-class _Problem(NamedTuple):
-  """One layer's search.
+class Problem(NamedTuple):
+  """One layer's search; of a product, the right operand is w, the left one x, and both have a bias.
 
   Attributes:
-    w: [in, out].
-    x: [tokens, in].
-    y: x w, [tokens, out].
-    weight_start: bias of the largest |w| by format and output channel, [formats, out].
-    channel_bias: bias of the largest |x| by format and input channel, [formats, in].
+    w: [..., in, out].
+    x: [..., tokens, in].
+    y: x w, [..., tokens, out].
+    weight_start: bias of the largest |w| by format and output channel, [formats, out or 1].
+    channel_bias: bias of the largest |x| by format and input channel, [formats, in or 1].
+    gradients: of the loss by y, in its shape, for the metric "hessian" (`scaled_gradients`).
   """
 
   w: Array
@@ -159,6 +165,7 @@ class _Problem(NamedTuple):
   y: Array
   weight_start: Array
   channel_bias: Array
+  gradients: Array | None
 
   @property
   def tensor_start(self) -> Array:
@@ -166,7 +173,7 @@ class _Problem(NamedTuple):
     return self.channel_bias.min(axis=1)
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
   """The best biases of every format, [formats, out] and [formats], and the formats in use, []."""
 
   weight_bias: Array
@@ -237,28 +244,9 @@ def exponent_offsets(
   return jnp.clip(jnp.round(channel_bias), low, low + max_offset) - low
 
 
-def _l2(y, y_hat):
-  return jnp.mean((y - y_hat) ** 2, axis=0)
-
-
-def _l1(y, y_hat):
-  return jnp.mean(jnp.abs(y - y_hat), axis=0)
-
-
-def _cosine(y, y_hat):
-  norms = jnp.linalg.norm(y, axis=0) * jnp.linalg.norm(y_hat, axis=0)
-  return 1 - jnp.sum(y * y_hat, axis=0) / jnp.maximum(norms, 1e-12)
-
-
-def _pearson(y, y_hat):
-  return _cosine(y - y.mean(axis=0), y_hat - y_hat.mean(axis=0))
-
-
-# Distances of outputs [tokens, out] -> [out].
-METRICS = {"l2": _l2, "l1": _l1, "cosine": _cosine, "pearson": _pearson}
-
-
-def search_linear(w: Array, x: Array, x_max: Array, settings: FPQSettings) -> LinearSearch:
+def search_linear(
+  w: Array, x: Array, x_max: Array, settings: FPQSettings, gradients: Array | None = None
+) -> LinearSearch:
   """Searches formats and biases of one linear (Algorithm 1).
 
   A round is: biases of the weights, their format, biases of the activations, their format. With
@@ -270,11 +258,18 @@ def search_linear(w: Array, x: Array, x_max: Array, settings: FPQSettings) -> Li
     x: inputs in full precision, [tokens, in].
     x_max: largest |x| of each channel over the whole calibration set, [in].
     settings: what to search.
+    gradients: of the loss by the outputs, [tokens, out], for the metric "hessian".
   """
-  problem = _problem(w, x, x_max, settings)
+  problem = _problem(w, x, x_max, settings, gradients)
+  found = linear_result(problem, search_problem(problem, settings), settings)
+  return _requantize(problem, x_max, found, settings) if settings.fold == "requantize" else found
+
+
+def search_problem(problem: Problem, settings: FPQSettings) -> Choice:
+  """The rounds of `search_linear`."""
   weights, activations = settings.weight_formats, settings.activation_formats
   place = lambda formats, bits: jnp.int32(formats.index(DEFAULT_FORMATS[bits]))
-  choice = _Choice(
+  choice = Choice(
     problem.weight_start,
     place(weights, settings.weight_bits),
     problem.tensor_start,
@@ -299,9 +294,7 @@ def search_linear(w: Array, x: Array, x_max: Array, settings: FPQSettings) -> Li
 
   start = (jnp.int32(0), jnp.bool_(True), choice)
   going_on = lambda carry: (carry[0] < settings.rounds) & carry[1]
-  choice = jax.lax.while_loop(going_on, search_round, start)[2] if steps else choice
-  found = _result(problem, choice, settings)
-  return _requantize(problem, x_max, found, settings) if settings.fold == "requantize" else found
+  return jax.lax.while_loop(going_on, search_round, start)[2] if steps else choice
 
 
 def quantized_kernel(w: Array, search: LinearSearch, settings: FPQSettings) -> Array:
@@ -335,40 +328,44 @@ def search_table(table: Array, bits: int, settings: FPQSettings) -> tuple[Array,
   return best // errors.shape[1], biases.reshape(-1)[best], errors
 
 
-def _problem(w: Array, x: Array, x_max: Array, settings: FPQSettings) -> _Problem:
+def _problem(w, x, x_max, settings: FPQSettings, gradients: Array | None) -> Problem:
   w, x = w.astype(jnp.float32), x.astype(jnp.float32)
-  return _Problem(
+  return Problem(
     w,
     x,
     jnp.matmul(x, w, precision="highest"),
     start_bias(settings.weight_formats, jnp.abs(w).max(axis=0)),
     start_bias(settings.activation_formats, x_max),
+    scaled_gradients(gradients) if settings.metric == "hessian" else None,
   )
 
 
-def _offsets(problem: _Problem, index: Array, tensor_bias: Array, settings: FPQSettings) -> Array:
+def _offsets(problem: Problem, index: Array, tensor_bias: Array, settings: FPQSettings) -> Array:
   largest = jnp.array([2.0**f.exponent_bits - 1 for f in settings.activation_formats])
   return exponent_offsets(problem.channel_bias[index], tensor_bias, largest[index], settings)
 
 
-def _quantized_input(problem: _Problem, index: Array, tensor_bias: Array, settings: FPQSettings):
+def _quantized_input(problem: Problem, index: Array, tensor_bias: Array, settings: FPQSettings):
   bias = tensor_bias + _offsets(problem, index, tensor_bias, settings)
   return quantize(problem.x, settings.activation_formats, index, bias)
 
 
-def _current_input(problem: _Problem, choice: _Choice, settings: FPQSettings) -> Array:
+def _current_input(problem: Problem, choice: Choice, settings: FPQSettings) -> Array:
   index = choice.activation_format
   return _quantized_input(problem, index, choice.tensor_bias[index], settings)
 
 
-def _current_kernel(problem: _Problem, choice: _Choice, settings: FPQSettings) -> Array:
+def _current_kernel(problem: Problem, choice: Choice, settings: FPQSettings) -> Array:
   index = choice.weight_format
   return quantize(problem.w, settings.weight_formats, index, choice.weight_bias[index])
 
 
-def _distance(problem: _Problem, x: Array, w: Array, settings: FPQSettings) -> Array:
+def _distance(problem: Problem, x: Array, w: Array, settings: FPQSettings) -> Array:
   """Of the quantized layer's output, by output channel [out]."""
-  return METRICS[settings.metric](problem.y, jnp.matmul(x, w, precision="highest"))
+  outputs = problem.y, jnp.matmul(x, w, precision="highest")
+  if settings.metric == "hessian":
+    outputs = (y * problem.gradients for y in outputs)
+  return METRICS[settings.metric](*(y.reshape(-1, y.shape[-1]) for y in outputs))
 
 
 def _over_grid(function, biases: Array) -> Array:
@@ -380,18 +377,20 @@ def _over_grid(function, biases: Array) -> Array:
   return values.reshape(formats, gammas, *values.shape[1:])
 
 
-def weight_losses(problem: _Problem, choice: _Choice, settings: FPQSettings) -> Array:
-  """Of every candidate for the weights, with the activations in use; [formats, gammas, out]."""
+def weight_losses(problem: Problem, choice: Choice, settings: FPQSettings) -> Array:
+  """Of every candidate for the weights, with the activations in use; [formats, gammas, out or 1]."""
   x = _current_input(problem, choice, settings)
 
   def loss(index, bias):
     w = quantize(problem.w, settings.weight_formats, index, bias)
-    return _distance(problem, x, w, settings)
+    losses = _distance(problem, x, w, settings)
+    # Output channels that share a bias are searched together.
+    return losses if losses.shape == bias.shape else losses.mean(keepdims=True)
 
   return _over_grid(loss, candidate_biases(problem.weight_start, settings))
 
 
-def activation_losses(problem: _Problem, choice: _Choice, settings: FPQSettings) -> Array:
+def activation_losses(problem: Problem, choice: Choice, settings: FPQSettings) -> Array:
   """Of every candidate for the activations, with the weights in use; [formats, gammas]."""
   w = _current_kernel(problem, choice, settings)
 
@@ -445,9 +444,9 @@ def _choose_activation_format(problem, choice, settings):
   return choice._replace(activation_format=jnp.argmin(losses).astype(jnp.int32))
 
 
-def _result(problem: _Problem, choice: _Choice, settings: FPQSettings) -> LinearSearch:
+def linear_result(problem: Problem, choice: Choice, settings: FPQSettings) -> LinearSearch:
   x, w = _current_input(problem, choice, settings), _current_kernel(problem, choice, settings)
-  error = jnp.mean(_l2(problem.y, jnp.matmul(x, w, precision="highest")))
+  error = jnp.mean(l2(problem.y, jnp.matmul(x, w, precision="highest")))
   rho = choice.tensor_bias[choice.activation_format]
   return LinearSearch(
     weight_format=choice.weight_format,
@@ -460,16 +459,15 @@ def _result(problem: _Problem, choice: _Choice, settings: FPQSettings) -> Linear
 
 
 def _requantize(
-  problem: _Problem, x_max: Array, search: LinearSearch, settings: FPQSettings
+  problem: Problem, x_max: Array, search: LinearSearch, settings: FPQSettings
 ) -> LinearSearch:
   """Searches the weights again as they are stored, 2^-o_j w_j, for the pre-shifted inputs 2^o x."""
   settings = dataclasses.replace(settings, pre_shifted=False, fold="exact")
   w = jnp.ldexp(problem.w, -search.offsets[:, None])
-  shifted = _problem(
-    w, jnp.ldexp(problem.x, search.offsets), jnp.ldexp(x_max, search.offsets), settings
-  )
+  x, x_max = jnp.ldexp(problem.x, search.offsets), jnp.ldexp(x_max, search.offsets)
+  shifted = _problem(w, x, x_max, settings, problem.gradients)
   every = jnp.full(len(settings.activation_formats), search.tensor_bias)
-  choice = _Choice(shifted.weight_start, search.weight_format, every, search.activation_format)
+  choice = Choice(shifted.weight_start, search.weight_format, every, search.activation_format)
   choice = _search_weight_bias(shifted, choice, settings)
   choice = _choose_weight_format(shifted, choice, settings)
-  return _result(shifted, choice, settings)._replace(offsets=search.offsets)
+  return linear_result(shifted, choice, settings)._replace(offsets=search.offsets)

@@ -4,24 +4,32 @@ import functools
 
 import jax
 import numpy as np
+from flax import nnx
 from ml_collections import ConfigDict
 
 from common.quantization import calibration, rtn
 from common.quantization.activations import ActivationFormat, min_max_range, quantize_inputs
+from common.quantization.attention import QuantizedAttention
 from common.quantization.calibration import rtn_block, token_mask
 from common.quantization.linear import get_kernels, pack_linears
 from common.quantization.quantized_array import IntegerFormat
 from projects.llm_fp4.llm_fp4 import FPQSettings
 from projects.llm_fp4.models import Model, outer_inputs, untie
+from projects.llm_fp4.products import real_operands
 
 Array = jax.Array
 
 MINMAX_INT, SMOOTHQUANT = "MinMax INT", "SmoothQuant INT"
 MINMAX_FP, BASELINE, FPQ = "MinMax FP", "FPQ baseline", "FPQ"
 
-# What the floating-point methods leave out of FPQ.
+# What the floating-point methods leave out of FPQ. Without a search there is no metric.
 FLOAT_METHODS = {
-  MINMAX_FP: {"pre_shifted": False, "format_search": False, "max_search": False},
+  MINMAX_FP: {
+    "pre_shifted": False,
+    "format_search": False,
+    "max_search": False,
+    "metric": "l2",
+  },
   BASELINE: {"pre_shifted": False},
   FPQ: {},
 }
@@ -53,6 +61,11 @@ def fpq_settings(config: ConfigDict, bits: int, **changes) -> FPQSettings:
   return FPQSettings(**options | changes)
 
 
+def classifier_settings(config: ConfigDict) -> dict[str, object]:
+  """Changes of `fpq_settings` for encoders and vision transformers with a classifier."""
+  return {"metric": config.classifier_metric, "attention_products": config.attention_products}
+
+
 def integer_model(
   model: Model,
   inputs: Array,
@@ -62,6 +75,7 @@ def integer_model(
   segment_ids: Array | None = None,
   token_types: Array | None = None,
   smoothquant: bool = False,
+  attention_products: bool = False,
 ) -> Model:
   """Rounded to nearest in integers: the same layers as FPQ's, ranges from the largest values.
 
@@ -75,6 +89,7 @@ def integer_model(
     segment_ids: int32 [samples, seq], 0 for padding.
     token_types: of an encoder, int32 [samples, seq], 1 for the second text of a pair.
     smoothquant: scale a decoder's channels by SmoothQuant's rule first.
+    attention_products: round the operands of Q K^T and P V too, per tensor and asymmetric.
   """
   format, activation_format = IntegerFormat(bits), ActivationFormat(bits, "per_tensor")
 
@@ -85,6 +100,11 @@ def integer_model(
     ranges = _ranges(recorded, dict.fromkeys(recorded, rows), activation_format)
     quantized = rtn_block(scaled, format)
     quantize_inputs(quantized, list(recorded), activation_format, ranges)
+    if attention_products:
+      operands = real_operands(scaled, x, context)
+      formats = dict.fromkeys(operands, activation_format)
+      attend = QuantizedAttention(formats, _operand_ranges(operands, activation_format))
+      quantized.attention.attend = nnx.data(attend)
     return quantized
 
   model = untie(model)
@@ -109,6 +129,12 @@ def _ranges(recorded, rows, format):
   """Of inputs {path: [..., in]}, of the rows {path: [rows]} that count."""
   used = {path: x.reshape(-1, x.shape[-1])[rows[path]] for path, x in recorded.items()}
   return {path: min_max_range(x, format) for path, x in used.items()}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _operand_ranges(operands, format):
+  # The zeros of padding change no range: all contain 0.
+  return {name: min_max_range(x, format) for name, x in operands.items()}
 
 
 _rounded_table = jax.jit(rtn.fake_quantize, static_argnums=1)

@@ -1,7 +1,7 @@
 """Saving what FPQ found and applying it to a fresh checkpoint.
 
 One safetensors file: tensor "linears/{path}/{field}" for every field of a `LinearSearch`,
-"embedding/format" and "embedding/bias". The settings are in the file's metadata, as JSON.
+"attentions/{path}/{field}" of an `AttentionSearch`, "embedding/format" and "embedding/bias". The settings are in the file's metadata, as JSON.
 """
 
 import dataclasses
@@ -17,14 +17,16 @@ from common.checkpoints.shards import save_tensors
 from common.errors import UserError
 from projects.llm_fp4.llm_fp4 import FPQSettings, LinearSearch
 from projects.llm_fp4.models import ModelSearch, TableSearch
+from projects.llm_fp4.products import AttentionSearch
 
 
 def save(path: str | os.PathLike, search: ModelSearch, settings: FPQSettings) -> None:
   """Writes a search result; the file appears only when complete."""
   tensors = {
-    f"linears/{name}/{field}": np.asarray(value)
-    for name, linear in search.linears.items()
-    for field, value in linear._asdict().items()
+    f"{kind}/{name}/{field}": np.asarray(value)
+    for kind, found in (("linears", search.linears), ("attentions", search.attentions))
+    for name, layer in found.items()
+    for field, value in layer._asdict().items()
   }
   if search.embedding is not None:
     tensors |= {f"embedding/{k}": np.asarray(v) for k, v in search.embedding._asdict().items()}
@@ -41,13 +43,17 @@ def load(path: str | os.PathLike) -> tuple[ModelSearch, FPQSettings]:
   try:
     with safetensors.safe_open(path, framework="np") as f:
       settings = FPQSettings(**json.loads((f.metadata() or {})["settings"]))
-      linears, table = {}, {}
+      layers, table = {"linears": {}, "attentions": {}}, {}
       for key in f.keys():
         kind, *name, field = key.split("/")
-        place = linears.setdefault(name[0], {}) if kind == "linears" else table
+        place = layers[kind].setdefault(name[0], {}) if name else table
         place[field] = jnp.asarray(f.get_tensor(key))
-    found = {name: LinearSearch(**fields) for name, fields in sorted(linears.items())}
-    return ModelSearch(found, TableSearch(**table) if table else None), settings
+    linears, attentions = (
+      {name: make(**fields) for name, fields in sorted(layers[kind].items())}
+      for kind, make in (("linears", LinearSearch), ("attentions", AttentionSearch))
+    )
+    embedding = TableSearch(**table) if table else None
+    return ModelSearch(linears, attentions, embedding), settings
   except FileNotFoundError:
     raise UserError(f"FPQ search result {path} does not exist") from None
   except (safetensors.SafetensorError, OSError, LookupError, ValueError, TypeError) as e:

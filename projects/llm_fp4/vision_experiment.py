@@ -32,6 +32,7 @@ from projects.llm_fp4.methods import (
   FPQ,
   MINMAX_FP,
   MINMAX_INT,
+  classifier_settings,
   fpq_settings,
   integer_model,
 )
@@ -55,22 +56,27 @@ PAPER = {
 }
 PAPER_MODELS = ("DeiT-S", "DeiT-B", "ViT-S")
 
-# What stays in full precision here.
-NOT_QUANTIZED = "The embedding of patches, a convolution, and the products inside attention stay in full precision"
+# FPQ on digits with one of the options for vision transformers changed.
+DIGITS_ABLATIONS = {
+  "products in full precision": {"attention_products": False},
+  "metric: mean squared error": {"metric": "l2"},
+}
 
 
 def compare_on_digits(config: ConfigDict, report: Report) -> None:
   """Adds the table and claims of small models trained here, one per seed."""
-  bits, top1 = config.bits, {}
+  bits, top1, changed = config.bits, {}, {}
   for seed in config.seeds:
     images, labels, test_images, test_labels = digits(seed)
     model = train(config, images, labels, seed)
-    for name, candidate in [
-      (FULL_PRECISION, model),
-      *quantized_models(config, model, images[:CALIBRATION_IMAGES], bits),
-    ]:
-      right = jnp.mean(predict(candidate, test_images) == test_labels)
-      top1.setdefault(name, []).append(100 * float(right))
+    calibration = images[:CALIBRATION_IMAGES], labels[:CALIBRATION_IMAGES]
+    score = functools.partial(digits_top1, images=test_images, labels=test_labels)
+    top1.setdefault(FULL_PRECISION, []).append(score(model))
+    for name, candidate in quantized_models(config, model, *calibration, bits):
+      top1.setdefault(name, []).append(score(candidate))
+    for name, changes in DIGITS_ABLATIONS.items() if config.ablations else ():
+      candidate = quantized_model(config, model, *calibration, bits, changes)
+      changed.setdefault(name, []).append(score(candidate))
   report.tables.append(
     Table(
       f"Vision transformers on digits, W{bits}A{bits}",
@@ -78,10 +84,19 @@ def compare_on_digits(config: ConfigDict, report: Report) -> None:
       [[name, *mean_and_spread(values)] for name, values in top1.items()],
       note=(
         f"{len(config.seeds)} models of two blocks, {config.vision_epochs} epochs; "
-        f"{CALIBRATION_IMAGES} calibration images, {len(test_labels)} test images. {NOT_QUANTIZED}."
+        f"{CALIBRATION_IMAGES} calibration images, {len(test_labels)} test images. "
+        f"{kept_in_full_precision(config)}"
       ),
     )
   )
+  if changed:
+    report.tables.append(
+      Table(
+        f"FPQ on digits with one thing changed, W{bits}A{bits}",
+        ["change", Column("top-1, %", ".2f"), Column("sd over seeds", ".2f")],
+        [[name, *mean_and_spread(v)] for name, v in {FPQ: top1[FPQ], **changed}.items()],
+      )
+    )
   report.claims.extend(claims(top1, f"ViT on digits, W{bits}A{bits}"))
 
 
@@ -106,8 +121,9 @@ def compare_on_images(config: ConfigDict, report: Report) -> None:
     for seed in config.seeds if bits == config.bits else config.seeds[:1]:
       rng = np.random.default_rng(seed)
       chosen = rng.choice(len(train_images), config.calibration_samples, replace=False)
-      calibration = [centre_crop(train_images[int(row)], **inputs)["images"] for row in chosen]
-      for name, candidate in quantized_models(config, model, jnp.stack(calibration), bits):
+      samples = [centre_crop(train_images[int(row)], **inputs) for row in chosen]
+      calibration = (jnp.stack([s[name] for s in samples]) for name in ("images", "labels"))
+      for name, candidate in quantized_models(config, model, *calibration, bits):
         top1[bits].setdefault(name, []).append(score(candidate))
   count = min(config.eval_images or len(test_images), len(test_images))
   missing = (None,) * len(PAPER_MODELS)
@@ -133,9 +149,8 @@ def compare_on_images(config: ConfigDict, report: Report) -> None:
       ],
       note=(
         f"{count} images of val, {config.calibration_samples} of train for calibration. "
-        f"{NOT_QUANTIZED}. The paper's numbers are of ImageNet; it quantizes those products too, "
-        "weighs a layer's errors by the loss's gradients, and its MinMax FP has E3M2 at 6 bits, E2M3 "
-        "here."
+        f"{kept_in_full_precision(config)} The paper's numbers are of ImageNet; its MinMax FP has "
+        "E3M2 at 6 bits, E2M3 here."
       ),
     )
   )
@@ -186,13 +201,36 @@ def load_together(
 
 
 def quantized_models(
-  config: ConfigDict, model: VisionTransformer, calibration: Array, bits: int
+  config: ConfigDict, model: VisionTransformer, images: Array, labels: Array, bits: int
 ) -> Iterator[tuple[str, VisionTransformer]]:
   """Every method at W{bits}A{bits}: its name, and the model quantized by calibration images."""
-  yield MINMAX_INT, integer_model(model, calibration, bits, embedding_bits=None)
+  products = {"attention_products": config.attention_products}
+  yield MINMAX_INT, integer_model(model, images, bits, embedding_bits=None, **products)
   for name, changes in FLOAT_METHODS.items():
-    settings = fpq_settings(config, bits, **changes)
-    yield name, fpq(model, calibration, settings, embedding_bits=None)
+    yield name, quantized_model(config, model, images, labels, bits, changes)
+
+
+def quantized_model(
+  config: ConfigDict,
+  model: VisionTransformer,
+  images: Array,
+  labels: Array,
+  bits: int,
+  changes: dict[str, object],
+) -> VisionTransformer:
+  """FPQ with other settings."""
+  settings = fpq_settings(config, bits, **classifier_settings(config) | changes)
+  return fpq(model, images, settings, embedding_bits=None, labels=labels)
+
+
+def kept_in_full_precision(config: ConfigDict) -> str:
+  """What stays in full precision."""
+  if config.attention_products:
+    return "The embedding of patches, a convolution, stays in full precision."
+  return (
+    "The embedding of patches, a convolution, and the products inside attention stay in full "
+    "precision."
+  )
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
@@ -270,6 +308,11 @@ def _train(graphdef, epochs: int, params, images: Array, labels: Array, key: Arr
 
   start = (params, optimizer.init(params))
   return jax.lax.scan(epoch, start, jax.random.split(key, epochs))[0][0]
+
+
+def digits_top1(model: VisionTransformer, images: Array, labels: Array) -> float:
+  """In percent."""
+  return 100 * float(jnp.mean(predict(model, images) == labels))
 
 
 @nnx.jit

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from common.errors import UserError
@@ -39,3 +40,39 @@ def test_retrieval_and_domains_of_a_sentence_encoder(tmp_path):
   assert 0 < f1 <= 1 and -1 <= matthews <= 1
   # Equal encoders: none is nearer, and nothing is lost.
   assert [claim.holds for claim in report.claims] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_what_has_labels_is_searched_by_its_loss(tmp_path, labelled):
+  """A task's calibration texts have them; a sentence encoder has no loss, and products all the same."""
+  folder, task = write_classifier(tmp_path)
+  config = llm_fp4_config.get_config("encoder")
+  config.encoder, config.encoder_bits, config.encoder_samples = str(folder), (4,), 5
+  if labelled:
+    config.labelled_train = config.labelled_test = str(task)
+  tokens, seen = np.ones((5, 8), np.int32), []
+
+  def fpq(model, tokens, settings, **options):
+    seen.append((settings, options))
+    return model
+
+  integer = lambda model, tokens, bits, **options: seen.append((None, options)) or model
+  with (
+    mock.patch.object(encoder_experiment, "fpq", fpq),
+    mock.patch.object(encoder_experiment, "integer_model", integer),
+  ):
+    if labelled:
+      encoder_experiment.compare_on_encoder(config, SimpleNamespace(tables=[], claims=[]))
+    else:
+      list(encoder_experiment.quantized_models(config, None, tokens, segment_ids=tokens))
+  (_, options), *searched = seen
+  assert options["attention_products"] and "labels" not in options
+  assert [settings.metric for settings, _ in searched] == [
+    "l2",
+    *["hessian" if labelled else "l2"] * 2,
+  ]
+  assert all(settings.attention_products for settings, _ in searched)
+  for _, options in searched:
+    # The labels of the file go through the model's names in turn.
+    expected = np.arange(5) % 3 if labelled else None
+    np.testing.assert_array_equal(options["labels"], expected)

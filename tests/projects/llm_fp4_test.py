@@ -165,13 +165,13 @@ def test_steps_of_the_official_pre_shifted_search(bits, gamma_index):
   @jax.jit
   def steps(w, x):
     """The channels' biases, then the choice after each step, the result and the activations."""
-    problem = llm_fp4._problem(w, x, jnp.abs(x).max(axis=0), settings)
+    problem = llm_fp4._problem(w, x, jnp.abs(x).max(axis=0), settings, None)
     tensor_bias = settings.gammas[gamma_index] * problem.tensor_start
     formats = jnp.int32(weight_format), jnp.int32(activation_format)
-    choice = llm_fp4._Choice(problem.weight_start, formats[0], tensor_bias, formats[1])
+    choice = llm_fp4.Choice(problem.weight_start, formats[0], tensor_bias, formats[1])
     first = llm_fp4._search_weight_bias(problem, choice, settings)
     second = llm_fp4._search_tensor_bias(problem, first, settings)
-    search = llm_fp4._result(problem, second, settings)
+    search = llm_fp4.linear_result(problem, second, settings)
     rounded = llm_fp4.quantize(x, settings.activation_formats, formats[1], search.activation_bias)
     return problem.channel_bias, first, second, search, rounded
 
@@ -430,7 +430,7 @@ def test_encoder_and_vision_classifiers_have_their_heads_quantized():
   "changes, message",
   [
     ({"weight_bits": 5}, "weight_bits=5 is not supported; supported: 4, 6, 8"),
-    ({"metric": "kl"}, "metric='kl' is not supported; supported: l2, l1, cosine, pearson"),
+    ({"metric": "kl"}, "metric='kl' is not supported; supported: l2, l1, cosine, pearson, hessian"),
     ({"param": "x"}, "param='x' is not supported"),
     ({"fold": "x"}, "fold='x' is not supported"),
     ({"rounds": 0}, "must be positive"),
@@ -471,8 +471,8 @@ def test_metrics():
   found = jax.jit(lambda *pair: {name: metric(*pair) for name, metric in llm_fp4.METRICS.items()})(
     y, other
   )
-  for name, values in found.items():
-    np.testing.assert_allclose(values, expected[name], rtol=1e-2, atol=1e-6)
+  for name, values in expected.items():
+    np.testing.assert_allclose(found[name], values, rtol=1e-2, atol=1e-6)
 
 
 def test_tiny_run(tmp_path):

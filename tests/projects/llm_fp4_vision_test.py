@@ -72,9 +72,11 @@ def test_the_run_on_a_checkpoint_and_a_folder(data, tmp_path, monkeypatch):
   seen = []
   quantized_models = vision_experiment.quantized_models
 
-  def recorded(config, model, calibration, bits):
-    seen.append(calibration)
-    return quantized_models(config, model, calibration, bits)
+  def recorded(config, model, images, labels, bits):
+    seen.append(images)
+    # An image's class is its folder, and each class has one image.
+    assert len(set(labels.tolist())) == len(images) == 4
+    return quantized_models(config, model, images, labels, bits)
 
   monkeypatch.setattr(vision_experiment, "quantized_models", recorded)
   options = preset(data)
@@ -97,7 +99,7 @@ def test_the_run_on_a_checkpoint_and_a_folder(data, tmp_path, monkeypatch):
 
 
 def test_other_bits_are_measured_on_the_first_seed(data, tmp_path, monkeypatch):
-  same = lambda config, model, calibration, bits: [
+  same = lambda config, model, images, labels, bits: [
     (name, model) for name in ("MinMax INT", "MinMax FP", "FPQ baseline", "FPQ")
   ]
   monkeypatch.setattr(vision_experiment, "quantized_models", same)

@@ -9,7 +9,13 @@ import pytest
 from flax import nnx
 
 from common.models.decoder import make_context
-from common.models.surgery import get_module, linear_paths, record_inputs, replace_module
+from common.models.surgery import (
+  get_module,
+  linear_paths,
+  output_gradients,
+  record_inputs,
+  replace_module,
+)
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
 LINEARS = [f"attention.{x}_proj" for x in "koqv"] + [
@@ -89,3 +95,28 @@ def test_the_module_is_left_as_it_was_by_a_failure(model):
   with pytest.raises(AttributeError):
     record_inputs(block, [*LINEARS, "mlp.side_proj"], lambda block: None)
   assert [get_module(block, path) for path in LINEARS] == before
+
+
+def test_gradients_by_outputs_of_layers(model):
+  """Of layers and of what returns a tuple; those behind a residual are known."""
+  block = model.blocks[0]
+  x, weights = (
+    jnp.asarray(np.random.default_rng(seed).normal(size=(2, 5, 32)), jnp.float32) for seed in (0, 1)
+  )
+  ids = jnp.broadcast_to(jnp.arange(5), (2, 5))
+  context, _ = make_context(model.config, ids, jnp.ones_like(ids))
+  paths = ["attention", "mlp.up_proj", "mlp.down_proj"]
+  before = [get_module(block, path) for path in paths]
+
+  @nnx.jit
+  def run(block):
+    found = output_gradients(block, paths, lambda block: jnp.vdot(block(x, context)[0], weights))
+    h = x + block.attention(block.attention_norm(x), context)[0]
+    after = lambda h: jnp.vdot(h + block.mlp(block.mlp_norm(h)), weights)
+    return found, jax.grad(after)(h)
+
+  found, expected = run(block)
+  assert [get_module(block, path) for path in paths] == before
+  np.testing.assert_array_equal(found["mlp.down_proj"], weights)
+  np.testing.assert_allclose(found["attention"], expected, atol=1e-5, rtol=1e-5)
+  assert found["mlp.up_proj"].shape == (2, 5, block.mlp.up_proj.kernel.shape[1])
