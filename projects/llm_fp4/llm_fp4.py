@@ -9,10 +9,11 @@ b, which says where the largest value lies (section 3.2 and Algorithm 1):
   activations  one bias rho for the tensor, and the same objective over the whole output
 
 In turn, `rounds` times. Classifiers' errors are multiplied by the loss's gradients (metric "hessian",
-Appendix A); products of two activations have a bias for either tensor (`products`). What is new is the pre-shifted exponent bias (section 3.3): activations
-differ between channels and not within one, so channel j has the bias b_j = rho + o_j with an integer
-o_j in 0 ... 2^e - 1. As Q_{b_j}(x) = 2^-o_j Q_rho(2^o_j x), the stored activations have one bias and
-the power of two moves into the weights' input channel (`FloatLinear`).
+Appendix A); products of two activations have a bias for either tensor (`products`). What is new is the
+pre-shifted exponent bias (section 3.3): activations differ between channels and not within one, so
+channel j has the bias b_j = rho + o_j with an integer o_j in 0 ... 2^e - 1. As Q_{b_j}(x) =
+2^-o_j Q_rho(2^o_j x), the stored activations have one bias and the power of two moves into the weights'
+input channel (`FloatLinear`).
 
 Weights are [in, out] here: the paper's rows, output channels, are columns.
 """
