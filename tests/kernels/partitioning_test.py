@@ -180,7 +180,8 @@ def test_decode_attention(paged):
     ((4, 2), jnp.int32, "data"),
   ]
   text = program(mesh_of("v5e:2x2", data=2, tensor=2), function, *arrays)
-  assert "bf16[2,4,2,128]" in kernels_in(text)["decode_attention"]
+  name = "decode_attention_pages" if paged else "decode_attention"
+  assert "bf16[2,4,2,128]" in kernels_in(text)[name]
   assert not re.search("all-gather|all-reduce|all-to-all", text)
 
 
