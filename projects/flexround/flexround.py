@@ -29,7 +29,6 @@ from common.quantization.quantized_array import IntegerFormat, QuantizedArray, f
 from common.quantization.quantized_kernel import quantize_kernels, quantized_kernels
 from common.quantization.reconstruction import (
   Learned,
-  OptimizerOfRate,
   ReconstructionLog,
   ReconstructionSettings,
   reconstruct,
@@ -176,8 +175,7 @@ def learn_block(
   key: Array,
   settings: FlexRoundSettings,
   reconstruction: ReconstructionSettings,
-  optimizer: optax.GradientTransformation | OptimizerOfRate,
-  learning_rate: float | None = None,
+  optimizer: optax.GradientTransformation,
 ) -> tuple[Block, ReconstructionLog]:
   """A copy of a transformer block whose linears have learned `FlexRound` kernels.
 
@@ -189,7 +187,6 @@ def learn_block(
     settings: what is learned.
     reconstruction: how long; `drop_probability` is QDrop's.
     optimizer: see `make_optimizer`.
-    learning_rate: of an optimizer that is a function of it, see `reconstruct`.
 
   Raises:
     UserError: a weight or an input is NaN or infinite, or the group size does not divide.
@@ -210,7 +207,6 @@ def learn_block(
     key,
     reconstruction,
     optimizer,
-    learning_rate=learning_rate,
     full_precision_inputs=x.full_precision,
     objective=feature_sum,
   )
@@ -224,9 +220,8 @@ def quantize_block(
   *,
   settings: FlexRoundSettings,
   reconstruction: ReconstructionSettings,
-  optimizer: optax.GradientTransformation | OptimizerOfRate,
+  optimizer: optax.GradientTransformation,
   key: Array,
-  learning_rate: float | None = None,
 ) -> Block:
   """`learn_block`, then packed: the function that `quantize_blocks(..., stream="both")` takes.
 
@@ -234,12 +229,11 @@ def quantize_block(
 
   Args:
     index: of the block; every block has its own batches.
-    block, x, context, settings, reconstruction, optimizer, learning_rate: see `learn_block`.
+    block, x, context, settings, reconstruction, optimizer: see `learn_block`.
     key: of the whole model.
   """
   key = jax.random.fold_in(key, index)
-  arguments = settings, reconstruction, optimizer, learning_rate
-  learned, _ = learn_block(block, x, context, key, *arguments)
+  learned, _ = learn_block(block, x, context, key, settings, reconstruction, optimizer)
   return pack_block(learned, settings.format)
 
 

@@ -446,6 +446,7 @@ def _choose_activation_format(problem, choice, settings):
 
 
 def linear_result(problem: Problem, choice: Choice, settings: FPQSettings) -> LinearSearch:
+  """The formats in use and their biases, with the error that they leave."""
   x, w = _current_input(problem, choice, settings), _current_kernel(problem, choice, settings)
   error = jnp.mean(l2(problem.y, jnp.matmul(x, w, precision="highest")))
   rho = choice.tensor_bias[choice.activation_format]

@@ -1,7 +1,8 @@
 """Saving what FPQ found and applying it to a fresh checkpoint.
 
 One safetensors file: tensor "linears/{path}/{field}" for every field of a `LinearSearch`,
-"attentions/{path}/{field}" of an `AttentionSearch`, "embedding/format" and "embedding/bias". The settings are in the file's metadata, as JSON.
+"attentions/{path}/{field}" of an `AttentionSearch`, "embedding/format" and "embedding/bias". The settings
+are in the file's metadata, as JSON.
 """
 
 import dataclasses

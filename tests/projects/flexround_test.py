@@ -31,13 +31,13 @@ from projects.flexround.flexround import (
   FlexRoundSettings,
   feature_sum,
   grid_shift,
+  make_optimizer,
   pack,
   quantize_block,
 )
 from projects.flexround.methods import (
   Layer,
   Protocol,
-  optimizer_of,
   quantize_unit,
   round_to_nearest,
   run_layer,
@@ -278,8 +278,7 @@ def test_blocks_are_streamed_packed_and_compiled_once():
     quantize_block,
     settings=settings,
     reconstruction=language_experiment.reconstruction_settings(TINY),
-    optimizer=optimizer_of(TINY.steps),
-    learning_rate=TINY.learning_rates.FlexRound[0],
+    optimizer=make_optimizer(TINY.learning_rates.FlexRound[0], TINY.steps),
     key=jax.random.key(0),
   )
   listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
