@@ -37,11 +37,12 @@ class Task(NamedTuple):
   Attributes:
     name: of the file that it is tested on.
     calibration, test: texts.
-    labels: of `test`, int [texts].
+    calibration_labels, labels: of `calibration` and of `test`, int [texts].
   """
 
   name: str
   calibration: Texts
+  calibration_labels: np.ndarray
   test: Texts
   labels: np.ndarray
 
@@ -115,9 +116,9 @@ def read_task(
   if not (train and test):
     raise UserError("give both labelled_train and labelled_test, or neither")
   read = lambda path: labelled_texts(path, fields, model, tokenizer, length)
-  calibration, _ = read(train)
-  few = Texts(*(ids[:num_calibration] for ids in calibration))
-  return Task(pathlib.Path(test).name, few, *read(test))
+  texts, labels = read(train)
+  few = Texts(*(ids[:num_calibration] for ids in texts))
+  return Task(pathlib.Path(test).name, few, labels[:num_calibration], *read(test))
 
 
 def task_table(

@@ -16,7 +16,7 @@ from common.data.sources import load_documents
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.evaluation.retrieval import embed_texts, embedding_similarity, retrieval_ndcg
-from common.evaluation.text_classification import labelled_texts, read_task, scores, task_table
+from common.evaluation.text_classification import read_task, scores, task_table
 from common.models.encoder import Encoder
 from common.paths import models_dir
 from common.reporting.report import Claim, Column, Report, Table
@@ -159,14 +159,12 @@ def compare_on_task(
     num_calibration=config.encoder_samples,
   )
   calibration = {name: jnp.asarray(ids) for name, ids in task.calibration._asdict().items()}
-  _, labels = labelled_texts(
-    config.labelled_train, config.labelled_fields, model, tokenizer, config.encoder_length
-  )
-  calibration["labels"] = labels[: config.encoder_samples]
 
   def models():
     yield "full precision", "32/32/32", model
-    for name, bits, quantized in quantized_models(config, model, **calibration):
+    for name, bits, quantized in quantized_models(
+      config, model, labels=task.calibration_labels, **calibration
+    ):
       yield name, f"{bits}/{bits}/{bits}", quantized
 
   report.tables.append(task_table(config.encoder, "bits E/W/A", task, models()))
