@@ -26,7 +26,9 @@ def test_frobenius_error_in_closed_form(error):
     np.testing.assert_allclose(left[-1], (s[rank:] ** 2).sum(), rtol=1e-4, atol=1e-8 * left[0])
   np.testing.assert_allclose(energy, np.array(left) / left[0], rtol=1e-4, atol=1e-6)
   assert all(a > b for a, b in zip(left, left[1:]))
-  np.testing.assert_array_equal(low_rank.low_rank(jnp.asarray(error), 4).a, factors.a[:, :4])
+  # A product of another width may sum in another order: a few roundings of entries below 2.
+  fewer = low_rank.low_rank(jnp.asarray(error), 4).a
+  np.testing.assert_allclose(fewer, factors.a[:, :4], rtol=0, atol=1e-6)
 
 
 def test_no_other_matrix_of_the_rank_is_nearer(error):
