@@ -131,6 +131,7 @@ def _fingerprint(
     "tokens": hashlib.sha256(np.asarray(tokens).tobytes()).hexdigest(),
     "stream": stream,
     "settings": dict(settings),
+    "version": packed_layout.VERSION,
   }
 
 

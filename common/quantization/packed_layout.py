@@ -41,6 +41,9 @@ from common.quantization.shift_and_scale import ShiftScale
 from common.quantization.vector_quantized import VectorQuantizedArray, VectorQuantizedLinear
 
 QUANT_METHOD = "flaxworks"
+# Of the layout and of how codes are packed (`kernels.quantized_matmul.packing`): raised by what would
+# read older files wrongly. Version 1 named none and packed 3-bit codes otherwise.
+VERSION = 2
 
 LAYERS = {
   c.__name__: c
@@ -97,17 +100,22 @@ def quantization_config(method: str, blocks: list[Mapping[str, Any]]) -> dict[st
     method: that quantized, for people to read.
     blocks: the descriptions of every block's layers, see `to_tensors`.
   """
-  return {"quant_method": QUANT_METHOD, "method": method, "blocks": blocks}
+  return {"quant_method": QUANT_METHOD, "version": VERSION, "method": method, "blocks": blocks}
 
 
 def read_config(config: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
   """The `blocks` of a `quantization_config`; None if it is of another layout.
 
   Raises:
-    UserError: it is damaged.
+    UserError: it is damaged, or of another version.
   """
   if not isinstance(config, Mapping) or config.get("quant_method") != QUANT_METHOD:
     return None
+  if (version := config.get("version", 1)) != VERSION:
+    raise UserError(
+      f"quantization_config has version {version}, expected {VERSION}; quantize the original "
+      "checkpoint again"
+    )
   blocks = config.get("blocks")
   if not isinstance(blocks, list) or not all(isinstance(block, Mapping) for block in blocks):
     raise UserError("quantization_config has no list of blocks; expected a description of each")

@@ -176,3 +176,12 @@ def test_layers_without_a_place_are_named(model):
     UserError, match="mlp.down_proj.weight: the layout has no place for a BatchStat"
   ):
     packed_layout.to_tensors(block)
+
+
+def test_other_versions_are_refused():
+  config = packed_layout.quantization_config("rtn", [{}])
+  assert packed_layout.read_config(config) == [{}]
+  assert packed_layout.read_config({"quant_method": "awq"}) is None
+  for other in (config | {"version": 1}, {k: v for k, v in config.items() if k != "version"}):
+    with pytest.raises(UserError, match="has version 1, expected 2; quantize the original"):
+      packed_layout.read_config(other)
