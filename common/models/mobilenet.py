@@ -42,6 +42,9 @@ class MobileNetConfig:
     stages: the inverted residuals.
     head_channels: of the last convolution, 1x1.
     labels: names of the classes; without any there is no classifier.
+    norm_eps: of the batch norms.
+    tf_padding: pad as TensorFlow's "SAME": with stride 2 and an even size at the end only.
+    family: the Hugging Face model_type that this config reads and writes.
   """
 
   stem_channels: int = 32
@@ -58,10 +61,13 @@ class MobileNetConfig:
   head_channels: int = 1280
   num_channels: int = 3
   labels: tuple[str, ...] = ()
+  norm_eps: float = 1e-5
+  tf_padding: bool = False
+  family: str = "mobilenet_v2"
 
 
 class DepthwiseConvNorm(ConvNorm):
-  """3x3 convolution of every channel by itself, batch norm, ReLU6."""
+  """3x3 convolution of every channel by itself and batch norm."""
 
   def __init__(self, channels: int, stride: int, rngs: nnx.Rngs):
     super().__init__(channels, channels, 3, stride, None, rngs)
@@ -77,46 +83,55 @@ class DepthwiseConvNorm(ConvNorm):
       kernel_init=nnx.initializers.normal((2 / 9) ** 0.5),
       rngs=rngs,
     )
-    self.activation = jax.nn.relu6
 
 
 class InvertedResidual(nnx.Module):
   """Expand (1x1), depthwise (3x3), project (1x1, linear); the input is added where shapes agree."""
 
   def __init__(
-    self, in_channels: int, out_channels: int, expansion: int, stride: int, rngs: nnx.Rngs
+    self,
+    config: MobileNetConfig,
+    in_channels: int,
+    out_channels: int,
+    expansion: int,
+    stride: int,
+    rngs: nnx.Rngs,
   ):
     inner = expansion * in_channels
-    layers = []
-    if expansion != 1:
-      layers.append(_relu6(ConvNorm(in_channels, inner, 1, 1, None, rngs)))
-    layers.append(DepthwiseConvNorm(inner, stride, rngs))
-    layers.append(ConvNorm(inner, out_channels, 1, 1, None, rngs))
-    self.layers = nnx.List(layers)
+    expands = expansion != 1
+    self.expand = (
+      _fitted(ConvNorm(in_channels, inner, 1, 1, None, rngs), config) if expands else None
+    )
+    self.depthwise = _fitted(DepthwiseConvNorm(inner, stride, rngs), config)
+    self.project = _fitted(ConvNorm(inner, out_channels, 1, 1, None, rngs), config, linear=True)
     self.residual = stride == 1 and in_channels == out_channels
 
   def __call__(self, x: Array, train: bool) -> Array:
-    y = x
-    for layer in self.layers:
-      y = layer(y, train)
+    y = x if self.expand is None else self.expand(x, train)
+    y = self.project(self.depthwise(y, train), train)
     return x + y if self.residual else y
 
 
 class MobileNet(nnx.Module):
-  """Stem, inverted residuals, 1x1 convolution, global average pool and classifier."""
+  """Stem, inverted residuals, 1x1 convolution, global average pool and classifier.
+
+  The first inverted residual stands apart: without an expansion, it belongs to the stem elsewhere.
+  """
 
   def __init__(self, config: MobileNetConfig, *, rngs: nnx.Rngs):
     self.config = config
     channels = config.stem_channels
-    self.stem = _relu6(ConvNorm(config.num_channels, channels, 3, config.stem_stride, None, rngs))
+    stem = ConvNorm(config.num_channels, channels, 3, config.stem_stride, None, rngs)
+    self.stem = _fitted(stem, config)
     blocks = []
     for stage in config.stages:
       for i in range(stage.depth):
         stride = stage.stride if i == 0 else 1
-        blocks.append(InvertedResidual(channels, stage.channels, stage.expansion, stride, rngs))
+        sizes = channels, stage.channels, stage.expansion, stride
+        blocks.append(InvertedResidual(config, *sizes, rngs))
         channels = stage.channels
-    self.blocks = nnx.List(blocks)
-    self.last = _relu6(ConvNorm(channels, config.head_channels, 1, 1, None, rngs))
+    self.first, self.blocks = blocks[0], nnx.List(blocks[1:])
+    self.last = _fitted(ConvNorm(channels, config.head_channels, 1, 1, None, rngs), config)
     classes = len(config.labels)
     self.classifier = nnx.Linear(config.head_channels, classes, rngs=rngs) if classes else None
 
@@ -128,7 +143,7 @@ class MobileNet(nnx.Module):
       train: normalise by the batch's own statistics, and update the running ones (which are
         `nnx.BatchStat` variables) in place.
     """
-    x = self.stem(images, train)
+    x = self.first(self.stem(images, train), train)
     for block in self.blocks:
       x = block(x, train)
     x = self.last(x, train)
@@ -137,6 +152,10 @@ class MobileNet(nnx.Module):
     return VisionOutput(x, pooled, logits)
 
 
-def _relu6(layer: ConvNorm) -> ConvNorm:
-  layer.activation = jax.nn.relu6
+def _fitted(layer: ConvNorm, config: MobileNetConfig, *, linear: bool = False) -> ConvNorm:
+  """The layer with the config's batch norm and padding, and ReLU6 unless it is linear."""
+  layer.activation = None if linear else jax.nn.relu6
+  layer.norm.epsilon = config.norm_eps
+  if config.tf_padding:
+    layer.conv.padding = "SAME"  # XLA's is TensorFlow's.
   return layer

@@ -14,14 +14,17 @@ from ml_collections import ConfigDict
 from common.compilation.decoder_steps import decoder_config, scoring_step
 from common.compilation.step import Step
 from common.models.decoder import Block, DecoderConfig, make_context
+from common.models.resnet import ResidualBlock, ResNetConfig
 from common.models.scan import abstract_stack
 from common.models.sharding import batch_sharding, place
+from common.models.surgery import get_module
 from common.quantization.calibration import rtn_block
 from common.quantization.linear import get_kernels
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import quantize_kernels
 from common.quantization.reconstruction import Learned, reconstruct
 from common.training.mesh import AXES, make_mesh
+from projects.flexround.convnets import fold_batch_norms, run_conv_unit
 from projects.flexround.flexround import (
   FlexRound,
   FlexRoundSettings,
@@ -29,13 +32,21 @@ from projects.flexround.flexround import (
   make_optimizer,
 )
 from projects.flexround.language_experiment import integer_format, reconstruction_settings
+from projects.flexround.methods import kernel_paths
+from projects.flexround.network_experiment import make_protocol
 from projects.flexround.scale_search import search_scales
+from projects.flexround.vision_checkpoint import IMAGE_SIZE
 
 
 def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Step]:
-  """The reconstruction of a block, the search of its widest linear, and the packed model's use."""
-  model = decoder_config(config.model)
+  """The reconstruction of a block, the search of its widest linear, and the packed model's use.
+
+  Of networks on images: the reconstruction of ResNet-50's block with the largest activations.
+  """
   mesh = make_mesh({"data": -1}, devices)
+  if config.vision_model:
+    return [image_step(config, mesh)]
+  model = decoder_config(config.model)
   format = integer_format(config, config.model_bits)
   scanned, params = abstract_stack(
     model, jnp.bfloat16, edit_block=lambda block: rtn_block(block, format)
@@ -45,6 +56,48 @@ def compile_steps(config: ConfigDict, devices: Sequence[jax.Device]) -> list[Ste
     search_step(model, format, mesh),
     scoring_step(scanned, params, mesh, batch_size=len(devices), seq_len=config.eval_length),
   ]
+
+
+def image_step(config: ConfigDict, mesh: Mesh) -> Step:
+  """All optimizer steps of ResNet-50's second block: 56 x 56 x 256 in and out at 224 x 224 pixels."""
+  resnet = ResNetConfig(64, (256, 512, 1024, 2048), (3, 4, 6, 3))
+  protocol = make_protocol(config, config.vision_bits[0])
+  settings = FlexRoundSettings(protocol.format, protocol.start)
+
+  def make_student() -> ResidualBlock:
+    block = ResidualBlock(resnet, 256, 256, 1, nnx.Rngs(0))
+    fold_batch_norms(block)
+    one = jnp.ones((1, 1))
+    kernels = {path: get_module(block, path).kernel[...] for path in kernel_paths(block)}
+    quantize_kernels(block, {p: FlexRound(k, one, one, settings) for p, k in kernels.items()})
+    return block
+
+  graphdef, state = nnx.split(nnx.eval_shape(make_student))
+  side = -(-(config.image_size or IMAGE_SIZE) // 4)
+  samples = -(-config.calibration_images // mesh.size) * mesh.size
+  where = batch_sharding(mesh)
+  features = jax.ShapeDtypeStruct((samples, side, side, 256), jnp.float32, sharding=where)
+  everywhere = lambda leaf: NamedSharding(mesh, PartitionSpec())
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  optimizer = make_optimizer(config.learning_rates.FlexRound[0], config.network_steps)
+
+  def step(state, inputs, targets, key):
+    learned, log = reconstruct(
+      nnx.merge(graphdef, state),
+      inputs,
+      targets,
+      None,
+      key,
+      protocol.reconstruction,
+      optimizer,
+      objective=feature_sum,
+      run=run_conv_unit,
+    )
+    return nnx.state(learned, Learned), log
+
+  placed = place(state, jax.tree.map(everywhere, state)), place(key, everywhere(key))
+  name = f"reconstruct a block of ResNet-50, {config.network_steps} steps, {samples} images"
+  return Step(name, step, (placed[0], features, features, placed[1]))
 
 
 def reconstruction_step(

@@ -4,16 +4,22 @@
   ./run.sh flexround --config=projects/flexround/config.py:full
   ./run.sh flexround --config=projects/flexround/config.py:paper --config.model=/path/to/Llama-2-7b-hf
   ./run.sh flexround --config=projects/flexround/config.py:encoder
+  ./run.sh flexround --config=projects/flexround/config.py:vision --config.images=folder:/path/to/imagenet \\
+      --config.vision_model=/path/to/resnet-18
 
 Expect, in the default preset: at 2 bits all learned roundings are far above rounding to nearest;
 FlexRound's networks and language model are a little better than AdaRound's, and AdaQuant's as good.
 The second command learns for 400 steps per block of a network instead of 100, and for 300 per block
 of the language model instead of 60: AdaQuant is then the best on MobileNetV2.
+
+The vision preset quantizes a ResNet or MobileNetV2 with a classifier to 4, 3 and 2 bits and W4A4 as in
+the paper, on 1024 images of `folder:PATH` (PATH/train/CLASS/*.JPEG and PATH/val/CLASS/*.JPEG) or
+`tfds:imagenet2012`: work for an accelerator.
 """
 
 from ml_collections import ConfigDict
 
-PRESETS = ("default", "tiny", "full", "paper", "encoder")
+PRESETS = ("default", "tiny", "full", "paper", "encoder", "vision")
 
 
 def get_config(preset: str = "default") -> ConfigDict:
@@ -45,6 +51,14 @@ def get_config(preset: str = "default") -> ConfigDict:
       "calibration_images": 256,
       "image_batch_size": 32,
       "network_steps": 100,
+      # A Hugging Face directory of a ResNet or MobileNetV2 with a classifier, with its weights' bits;
+      # none if empty. Images of its classes, folder:PATH or tfds:NAME: calibration_images of train, and
+      # eval_images of val, 0 takes all. Their side, 0 for what config.json says, or 224.
+      "vision_model": "",
+      "vision_bits": (4, 3, 2),
+      "images": "",
+      "eval_images": 0,
+      "image_size": 0,
       # W4A4 under the protocols of BRECQ and QDrop, on the first network (by name) and so many seeds.
       "activation_seeds": 1,
       "activation_bits": 4,
@@ -146,4 +160,20 @@ def get_config(preset: str = "default") -> ConfigDict:
     config.networks = {}
     config.model = ""
     config.encoder = "all-minilm-l6-v2"
+  if preset == "vision":
+    # The paper's images, steps and batches. Its rates are not known here: a sweep chooses.
+    config.learning_rates = {
+      "AdaRound": (0.001, 0.003, 0.01),
+      "AdaQuant": (0.0003, 0.001, 0.003),
+      "FlexRound": (0.0003, 0.001, 0.003),
+    }
+    config.networks = {}
+    config.model = ""
+    config.vision_model = "microsoft/resnet-18"
+    config.images = "tfds:imagenet2012"
+    config.network_methods = ("RTN", "AdaRound", "AdaQuant", "FlexRound")
+    config.network_seeds = (0,)
+    config.network_other_bits = ()
+    config.calibration_images = 1024
+    config.network_steps = 20000
   return config

@@ -58,6 +58,9 @@ METHODS = ("RTN", "AdaRound", "AdaQuant", *ABLATIONS)
 # {path of a layer: (scales, zero points)}
 Grids = dict[str, tuple[Array, Array]]
 
+# How many samples one forward pass of a unit takes: bounds its temporary memory.
+ROWS_PER_PASS = 256
+
 # Calibration samples that the range of activations starts from.
 RANGE_SAMPLES = 32
 
@@ -220,7 +223,7 @@ def freeze(unit: nnx.Module) -> None:
 
 
 def run_unit(unit: nnx.Module, x: Array, context: Any, run: Run) -> Array:
-  """The unit's output on all samples; of a transformer block a few rows at a time."""
+  """The unit's output on all samples, at most `ROWS_PER_PASS` at a time."""
   if run is run_transformer_block:
     return run_block(unit, x, context)
   return _run_unit(*nnx.split(unit), x, context, run)
@@ -347,7 +350,13 @@ def _grid_shifts(graphdef, state):
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _run_unit(graphdef, state, x, context, run):
-  return run(nnx.merge(graphdef, state), x, context)
+  samples = x.shape[0]
+  if samples <= ROWS_PER_PASS or jax.tree.leaves(context):
+    return run(nnx.merge(graphdef, state), x, context)
+  rows = next(r for r in range(ROWS_PER_PASS, 0, -1) if samples % r == 0)
+  one = lambda x: run(nnx.merge(graphdef, state), x, context)
+  output = jax.lax.map(one, x.reshape(-1, rows, *x.shape[1:]))
+  return output.reshape(samples, *output.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

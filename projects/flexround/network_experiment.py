@@ -1,11 +1,16 @@
-"""Part (a): ResNet and MobileNetV2 on digits, weights per tensor, the first and last layer 8 bits."""
+"""Part (a): ResNet and MobileNetV2, weights per tensor, the first and last layer 8 bits.
+
+The networks are small ones, trained on digits, or a checkpoint with the images of its classes.
+"""
 
 import collections
 import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -15,6 +20,8 @@ from common.quantization.reconstruction import ReconstructionSettings
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.flexround import convnets
+from projects.flexround.convnets import Network
+from projects.flexround.digits_networks import digits_network
 from projects.flexround.methods import (
   ABLATIONS,
   Protocol,
@@ -22,66 +29,124 @@ from projects.flexround.methods import (
   initial_grids,
   quantize_unit,
 )
+from projects.flexround.vision_checkpoint import open_checkpoint
 
 
 class Outcome(NamedTuple):
-  """A quantized network on the test images.
+  """A quantized network.
 
   Attributes:
-    accuracy: top-1.
-    logit_error: mean squared difference of its logits from full precision's.
+    accuracy, logit_error: see `convnets.Score`.
     block_error: geometric mean over the blocks between the first and last unit of the mean
       squared error of their outputs, on the calibration set.
   """
 
   accuracy: float
-  logit_error: float
+  logit_error: float | None
   block_error: float
 
 
-def compare_on_networks(config: ConfigDict, workdir, report: Report) -> None:
-  """Adds the tables, the figure and the claims of all networks to the report."""
+# {(bits, method): of every seed}
+Outcomes = dict[tuple[int, str], list[Outcome]]
+
+
+def compare_on_digits(config: ConfigDict, workdir, report: Report) -> None:
+  """Adds the tables, the figure and the claims of all small networks to the report."""
   for i, (name, all_bits) in enumerate(config.networks.items()):
-    # The ablations are of the first network only.
+    # The ablations and activations are of the first network only.
     methods = [m for m in config.network_methods if i == 0 or m not in list(ABLATIONS)[1:]]
-    outcomes, full = collections.defaultdict(list), []
-    activations = collections.defaultdict(list)
-    rates = {}
-    for j, seed in enumerate(config.network_seeds):
-      digits = convnets.load(seed)
-      model = convnets.train(name, digits, num_steps=config.train_steps, seed=seed)
-      full.append(accuracy(convnets.logits(model, digits.test_images), digits))
-      setting = (config, model, digits, seed)
-      if not rates:
-        rates = sweep(config, model, digits, min(all_bits))
-      for bits in (*all_bits, *(config.network_other_bits if j == 0 else ())):
-        protocol = make_protocol(config, bits)
-        grids = network_grids(model, protocol)
-        for method in methods:
-          outcomes[bits, method].append(quantize(method, *setting, protocol, rates, grids))
-      if i == 0 and j < config.activation_seeds:
-        for label, drop in (("B", 0.0), ("Q", 0.5)):
-          protocol = make_protocol(config, config.activation_bits, activations=True, drop=drop)
-          grids = network_grids(model, protocol)
-          for method in ("RTN", "AdaRound", "FlexRound"):
-            # Nothing of RTN depends on the protocol.
-            if method != "RTN" or label == "B":
-              shown = method if method == "RTN" else f"{label} + {method}"
-              result = quantize(method, *setting, protocol, rates, grids)
-              activations[config.activation_bits, shown].append(result)
-    chosen = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
-    note = (
-      f"Mean over {len(config.network_seeds)} seeds; where no sd is shown, one seed. Full "
-      f"precision: top-1 {np.mean(full):.4f}. Rates chosen on the calibration error of one block: "
-      f"{chosen}."
+    outcomes = compare(
+      config,
+      f"{name} on digits",
+      functools.partial(digits_network, config, name),
+      all_bits,
+      methods,
+      config.activation_seeds if i == 0 else 0,
+      report,
     )
-    report.tables.append(table(f"{name} on digits, weights per tensor", outcomes, note))
-    if activations:
-      note = f"{config.activation_seeds} seeds. B: BRECQ's protocol; Q: QDrop's."
-      bits = config.activation_bits
-      report.tables.append(table(f"{name} on digits, W{bits}A{bits}", activations, note))
     report.claims.extend(claims(name, all_bits, outcomes))
     plot(name, all_bits, outcomes, methods, workdir, report)
+
+
+def compare_on_images(config: ConfigDict, report: Report) -> None:
+  """Adds the tables and claims of a checkpoint on the images of its classes to the report.
+
+  Raises:
+    UserError: see `open_checkpoint`, or a width is not supported.
+  """
+  for bits in (*config.vision_bits, *config.network_other_bits):
+    make_protocol(config, bits)
+  network_of, note = open_checkpoint(config)
+  title = f"{config.vision_model} on {config.images}"
+  methods, seeds = config.network_methods, config.activation_seeds
+  outcomes = compare(
+    config, title, network_of, config.vision_bits, methods, seeds, report, note=note
+  )
+  name = pathlib.Path(config.vision_model).expanduser().name
+  report.claims.extend(claims(name, config.vision_bits, outcomes))
+
+
+def compare(
+  config: ConfigDict,
+  title: str,
+  network_of: Callable[[int], Network],
+  all_bits,
+  methods,
+  activation_seeds: int,
+  report: Report,
+  *,
+  note: str = "",
+) -> Outcomes:
+  """Adds the tables of a network to the report.
+
+  Args:
+    config: the seeds and the conditions.
+    title: of the tables.
+    network_of: the network of a seed.
+    all_bits: of the weights.
+    methods: that are compared.
+    activation_seeds: with quantized activations on so many seeds.
+    report: is added to.
+    note: the end of the first table's note.
+
+  Returns:
+    Those of the first table.
+  """
+  outcomes, full = collections.defaultdict(list), []
+  activations = collections.defaultdict(list)
+  rates = {}
+  for j, seed in enumerate(config.network_seeds):
+    network = network_of(seed)
+    full.append(network.score(network.model).accuracy)
+    if not rates:
+      rates = sweep(config, network, min(all_bits))
+    for bits in (*all_bits, *(config.network_other_bits if j == 0 else ())):
+      protocol = make_protocol(config, bits)
+      grids = network_grids(network.model, protocol)
+      for method in methods:
+        outcomes[bits, method].append(quantize(method, network, seed, protocol, rates, grids))
+    if j < activation_seeds:
+      for label, drop in (("B", 0.0), ("Q", 0.5)):
+        protocol = make_protocol(config, config.activation_bits, activations=True, drop=drop)
+        grids = network_grids(network.model, protocol)
+        for method in ("RTN", "AdaRound", "FlexRound"):
+          # Nothing of RTN depends on the protocol.
+          if method != "RTN" or label == "B":
+            shown = method if method == "RTN" else f"{label} + {method}"
+            result = quantize(method, network, seed, protocol, rates, grids)
+            activations[config.activation_bits, shown].append(result)
+  chosen = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
+  first_note = (
+    f"Mean over {len(config.network_seeds)} seeds; where no sd is shown, one seed. Full "
+    f"precision: top-1 {np.mean(full):.4f}. Rates chosen on the calibration error of one block: "
+    f"{chosen}.{note}"
+  )
+  report.tables.append(table(f"{title}, weights per tensor", outcomes, first_note))
+  if activations:
+    protocols = f"{activation_seeds} seeds. B: BRECQ's protocol; Q: QDrop's."
+    bits = config.activation_bits
+    report.tables.append(table(f"{title}, W{bits}A{bits}", activations, protocols))
+  return outcomes
 
 
 def make_protocol(
@@ -116,12 +181,7 @@ def network_grids(model: convnets.ConvNet, protocol: Protocol) -> list:
   return grids
 
 
-def calibration_images(config: ConfigDict, digits: convnets.Digits, seed: int) -> jax.Array:
-  rows = np.random.default_rng(seed).permutation(convnets.NUM_TRAIN)[: config.calibration_images]
-  return digits.train_images[rows]
-
-
-def sweep(config: ConfigDict, model, digits, bits: int) -> dict[str, float]:
+def sweep(config: ConfigDict, network: Network, bits: int) -> dict[str, float]:
   """The rate of every learning method: the best on the first residual block."""
   rates, protocol = {}, make_protocol(config, bits)
 
@@ -133,13 +193,11 @@ def sweep(config: ConfigDict, model, digits, bits: int) -> dict[str, float]:
         )
     return unit
 
-  convnets.quantize_network(
-    model, calibration_images(config, digits, config.network_seeds[0]), at_first_block
-  )
+  convnets.quantize_network(network.model, network.images, at_first_block)
   return rates
 
 
-def quantize(method, config, model, digits, seed, protocol, rates, grids) -> Outcome:
+def quantize(method, network: Network, seed, protocol, rates, grids) -> Outcome:
   """Quantizes the network by one method and tests it."""
   errors = []
   rate = rates.get("FlexRound" if method in ABLATIONS else method)
@@ -154,36 +212,23 @@ def quantize(method, config, model, digits, seed, protocol, rates, grids) -> Out
       errors.append(result.error)
     return result.unit
 
-  images = calibration_images(config, digits, seed)
-  quantized = convnets.quantize_network(model, images, one)
-  logits = convnets.logits(quantized, digits.test_images)
-  target = convnets.logits(model, digits.test_images)
-  return Outcome(
-    accuracy(logits, digits),
-    float(jnp.mean((logits - target) ** 2)),
-    float(np.exp(np.mean(np.log(errors)))),
-  )
-
-
-def accuracy(logits: jax.Array, digits: convnets.Digits) -> float:
-  return float(jnp.mean(logits.argmax(axis=-1) == digits.test_labels))
+  quantized = convnets.quantize_network(network.model, network.images, one)
+  return Outcome(*network.score(quantized), float(np.exp(np.mean(np.log(errors)))))
 
 
 def table(title: str, outcomes, note: str) -> Table:
+  errors = {"logit_error": Column("logit MSE", ".4f"), "block_error": Column("block MSE", ".5f")}
+  if any(r.logit_error is None for results in outcomes.values() for r in results):
+    del errors["logit_error"]
   rows = []
   for (bits, method), results in outcomes.items():
-    means = np.mean(results, axis=0)
+    top1, *means = np.mean(
+      [[getattr(r, n) for n in ("accuracy", *errors)] for r in results], axis=0
+    )
     spread = float(np.std([r.accuracy for r in results], ddof=1)) if len(results) > 1 else None
-    rows.append([method, bits, means[0], spread, means[1], means[2]])
-  columns = [
-    "method",
-    "bits",
-    Column("top-1", ".4f"),
-    Column("sd over seeds", ".4f"),
-    Column("logit MSE", ".4f"),
-    Column("block MSE", ".5f"),
-  ]
-  return Table(title, columns, rows, note)
+    rows.append([method, bits, top1, spread, *means])
+  top1 = (Column("top-1", ".4f"), Column("sd over seeds", ".4f"))
+  return Table(title, ["method", "bits", *top1, *errors.values()], rows, note)
 
 
 def claims(name: str, all_bits, outcomes) -> list[Claim]:
@@ -201,12 +246,13 @@ def claims(name: str, all_bits, outcomes) -> list[Claim]:
       for a, b in pairs
       if outcomes[bits, a] and outcomes[bits, b]
     ]
-    found.append(
-      Claim.less(
-        f"FlexRound's blocks are nearer to the originals than AdaRound's ({name}, W{bits}, MSE)",
-        pair("block_error", "FlexRound", "AdaRound"),
+    if outcomes[bits, "FlexRound"] and outcomes[bits, "AdaRound"]:
+      found.append(
+        Claim.less(
+          f"FlexRound's blocks are nearer to the originals than AdaRound's ({name}, W{bits}, MSE)",
+          pair("block_error", "FlexRound", "AdaRound"),
+        )
       )
-    )
   return found
 
 

@@ -27,6 +27,7 @@ CHECKPOINTS = {
   "deit_teacher": "DeiTForImageClassificationWithTeacher",
   "resnet_basic": "ResNetForImageClassification",
   "resnet_bottleneck": "ResNetForImageClassification",
+  "mobilenet_v2": "MobileNetV2ForImageClassification",
   "gpt2_base": "GPT2Model",
   "qwen2_mixed_windows": "Qwen2ForCausalLM",
 }

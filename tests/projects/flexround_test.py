@@ -24,7 +24,7 @@ from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import QuantizedKernel
 from common.quantization.reconstruction import Learned, ReconstructionSettings, reconstruct
 from common.quantization.straight_through import lsq
-from projects.flexround import config, convnets, experiment, language_experiment
+from projects.flexround import config, convnets, digits_networks, experiment, language_experiment
 from projects.flexround.activation_quantizer import LearnedInput, freeze_inputs
 from projects.flexround.flexround import (
   FlexRound,
@@ -372,7 +372,7 @@ def test_bad_input_is_named_before_any_work(model, streams):
   with pytest.raises(UserError, match="axis='row'.*channel, tensor"):
     experiment.compare_on_language_model(settings, pathlib.Path(), None)
   with pytest.raises(UserError, match="network='VGG'"):
-    convnets.train("VGG", None, num_steps=1, seed=0)
+    digits_networks.train("VGG", None, num_steps=1, seed=0)
 
 
 def test_tiny_run(tmp_path):

@@ -29,6 +29,7 @@ CHECKPOINTS = [
   "deit_teacher",
   "resnet_basic",
   "resnet_bottleneck",
+  "mobilenet_v2",
   "qwen2_mixed_windows",
 ]
 

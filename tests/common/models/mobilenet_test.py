@@ -1,9 +1,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from common.models.mobilenet import InvertedResidual, MobileNet, MobileNetConfig, Stage
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = MobileNetConfig(
   stem_channels=4,
@@ -25,9 +28,10 @@ def test_the_papers_size():
 
 
 def test_a_block_is_expand_depthwise_project_and_a_residual():
-  block = InvertedResidual(4, 4, 3, 1, nnx.Rngs(0))
+  block = InvertedResidual(SMALL, 4, 4, 3, 1, nnx.Rngs(0))
   x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
-  kernels = [layer.conv.kernel[...] for layer in block.layers]
+  layers = block.expand, block.depthwise, block.project
+  kernels = [layer.conv.kernel[...] for layer in layers]
   assert [k.shape for k in kernels] == [(1, 1, 4, 12), (3, 3, 1, 12), (1, 1, 12, 4)]
   # Fresh batch norms only divide by sqrt(1 + eps).
   y = np.clip(np.einsum("bhwi,io->bhwo", x, kernels[0][0, 0]), 0, 6)
@@ -35,8 +39,8 @@ def test_a_block_is_expand_depthwise_project_and_a_residual():
   y = sum(padded[:, i : i + 5, j : j + 5] * kernels[1][i, j, 0] for i in range(3) for j in range(3))
   y = np.einsum("bhwi,io->bhwo", np.clip(y, 0, 6), kernels[2][0, 0])
   np.testing.assert_allclose(block(x, False), x + y, atol=1e-3)
-  assert not InvertedResidual(4, 4, 3, 2, nnx.Rngs(0)).residual
-  assert not InvertedResidual(4, 8, 3, 1, nnx.Rngs(0)).residual
+  assert not InvertedResidual(SMALL, 4, 4, 3, 2, nnx.Rngs(0)).residual
+  assert not InvertedResidual(SMALL, 4, 8, 3, 1, nnx.Rngs(0)).residual
 
 
 def test_training_reaches_every_parameter():
