@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.models.activations import Activation
+from common.models.activations import Activation, gelu
 from common.models.attention import merge_heads, split_heads
 from common.models.decoder import MLP, DecoderConfig
 from common.models.vit import VisionOutput
@@ -153,6 +153,15 @@ class WindowAttention(nnx.Module):
     return self.o_proj(merge_heads(attention(query, key, value, causal=False, bias=bias)))
 
 
+def gelu_apart(x: Array) -> Array:
+  """Exact GELU that no product is fused with.
+
+  XLA's TPU compiler unrolls its error function into the products of the windows' tokens, forward and
+  backward, which takes most of the time that a training step compiles.
+  """
+  return jax.lax.optimization_barrier(gelu(x))
+
+
 class SwinBlock(nnx.Module):
   """Attention in windows of one grid, shifted or not, then an MLP; both pre-norm."""
 
@@ -167,6 +176,8 @@ class SwinBlock(nnx.Module):
     table = rngs.params.normal(((2 * self.window - 1) ** 2, heads)) * 0.02
     self.relative_position_bias = nnx.Param(table)
     self.mlp = MLP(config.mlp(stage), rngs)
+    if self.mlp.activation is gelu:
+      self.mlp.activation = gelu_apart
 
   def __call__(self, x: Array) -> Array:
     """x: [batch, seq, dim] -> the same."""
