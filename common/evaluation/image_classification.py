@@ -1,6 +1,7 @@
-"""Top-1 accuracy of a vision model with a classifier."""
+"""Image classifiers: a checkpoint with the images of its classes, and its top-1 accuracy."""
 
 import functools
+import pathlib
 from collections.abc import Sequence
 
 import grain
@@ -9,14 +10,76 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.data.images import IMAGENET, Preprocessing, centre_crop
+from common.checkpoints.huggingface import Checkpoint
+from common.data.images import IMAGENET, Preprocessing, centre_crop, load_images
+from common.errors import UserError
 
 Array = jax.Array
+Images = Sequence[tuple[np.ndarray, int]]  # See `common.data.images`.
+
+BACKGROUND = "background"  # TensorFlow's class 0, which no image of ImageNet has.
+
+
+class ShiftedLabels(Sequence):
+  """The same images, their labels higher by some classes that come first."""
+
+  def __init__(self, images: Images, shift: int):
+    self.images, self.shift = images, shift
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    image, label = self.images[index]
+    return image, label + self.shift
+
+
+def open_classifier(
+  path: str, source: str, configs: tuple[type, ...], names: str, *, flag: str
+) -> tuple[Checkpoint, Images, Images]:
+  """A checkpoint, its weights not read yet, and the images of train and of val of its classes.
+
+  Where the classifier's first class is TensorFlow's "background", which the images lack, their labels
+  are one higher.
+
+  Args:
+    path: directory of the checkpoint.
+    source: of the images, see `load_images`.
+    configs: those of the models that are supported, with `labels`.
+    names: of these models, for errors.
+    flag: the config's field that holds the path, likewise.
+
+  Raises:
+    UserError: the checkpoint or the images are not there, are of another kind, or do not belong
+      together.
+  """
+  if not pathlib.Path(path).expanduser().is_dir():
+    raise UserError(
+      f"no checkpoint directory {path!r}; pass --config.{flag}=DIR of a {names} with a classifier"
+    )
+  checkpoint = Checkpoint(path)
+  model = checkpoint.config
+  if not isinstance(model, configs) or not model.labels:
+    raise UserError(f"{path} holds no {names} with a classifier; expected one")
+  if model.num_channels != 3:
+    raise UserError(f"{path} takes {model.num_channels} channels; expected 3, RGB")
+  shift = int(model.labels[0].lower() == BACKGROUND)
+  images = []
+  for split in ("train", "val"):
+    found = load_images(source, split)
+    missing = len(model.labels) - len(found.classes)
+    if missing not in (0, shift):
+      raise UserError(
+        f"{split} of {source} has {len(found.classes)} classes, the classifier of {path} "
+        f"{len(model.labels) - shift}{' beside the background' if shift else ''}: expected the same ones"
+      )
+    images.append(ShiftedLabels(found, missing) if missing else found)
+  return checkpoint, *images
 
 
 def accuracy(
   model: nnx.Module,
-  images: Sequence[tuple[np.ndarray, int]],
+  images: Images,
   size: tuple[int, int],
   batch_size: int,
   *,

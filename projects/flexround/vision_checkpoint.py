@@ -1,7 +1,6 @@
 """A checkpoint of ResNet or MobileNetV2 with a classifier, and the images of its classes."""
 
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from common.checkpoints.huggingface import Checkpoint
-from common.data.images import centre_crop, load_images, load_preprocessing
+from common.data.images import centre_crop, load_preprocessing
 from common.errors import UserError
-from common.evaluation.image_classification import accuracy
+from common.evaluation.image_classification import Images, accuracy, open_classifier
 from common.models.mobilenet import MobileNetConfig
 from common.models.resnet import ResNetConfig
 from projects.flexround.convnets import ConvNet, Network, Score, fold_batch_norms
@@ -20,21 +19,6 @@ Array = jax.Array
 
 BATCH_SIZE = 64  # Of the evaluation.
 IMAGE_SIZE = 224  # Where config.json names none.
-BACKGROUND = "background"  # TensorFlow's class 0, which no image of ImageNet has.
-
-
-class Shifted(Sequence):
-  """The same images, their labels higher by some classes that come first."""
-
-  def __init__(self, images: Sequence[tuple[np.ndarray, int]], shift: int):
-    self.images, self.shift = images, shift
-
-  def __len__(self) -> int:
-    return len(self.images)
-
-  def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-    image, label = self.images[index]
-    return image, label + self.shift
 
 
 def open_checkpoint(config: ConfigDict) -> tuple[Callable[[int], Network], str]:
@@ -69,44 +53,26 @@ def open_checkpoint(config: ConfigDict) -> tuple[Callable[[int], Network], str]:
   )
 
 
-def load_together(config: ConfigDict) -> tuple[Checkpoint, Sequence, Sequence]:
+def load_together(config: ConfigDict) -> tuple[Checkpoint, Images, Images]:
   """The opened checkpoint, the images of train and of val; see `open_checkpoint`."""
   for name in ("vision_bits", "network_seeds"):
     if not config[name]:
       raise UserError(f"{name} is empty: give at least one")
-  if not pathlib.Path(config.vision_model).expanduser().is_dir():
-    raise UserError(
-      f"no checkpoint directory {config.vision_model!r}; pass --config.vision_model=DIR of a ResNet "
-      "or MobileNetV2 with a classifier, such as a copy of microsoft/resnet-18"
-    )
-  checkpoint = Checkpoint(config.vision_model)
-  model = checkpoint.config
-  if not isinstance(model, ResNetConfig | MobileNetConfig) or not model.labels:
-    raise UserError(
-      f"{config.vision_model} holds no ResNet or MobileNetV2 with a classifier; expected one"
-    )
-  if model.num_channels != 3:
-    raise UserError(f"{config.vision_model} takes {model.num_channels} channels; expected 3, RGB")
   if config.eval_images < 0:
     raise UserError(f"eval_images={config.eval_images}; expected a number of images, or 0 for all")
-  shift = int(model.labels[0].lower() == BACKGROUND)
-  images = []
-  for split in ("train", "val"):
-    found = load_images(config.images, split)
-    classes = len(model.labels) - (shift if len(found.classes) != len(model.labels) else 0)
-    if len(found.classes) != classes:
-      raise UserError(
-        f"{split} of {config.images} has {len(found.classes)} classes, the classifier of "
-        f"{config.vision_model} {classes}{' beside the background' if shift else ''}: expected the "
-        "same ones"
-      )
-    images.append(Shifted(found, len(model.labels) - classes))
-  if not 1 <= config.calibration_images <= len(images[0]):
+  checkpoint, train, val = open_classifier(
+    config.vision_model,
+    config.images,
+    (ResNetConfig, MobileNetConfig),
+    "ResNet or MobileNetV2",
+    flag="vision_model",
+  )
+  if not 1 <= config.calibration_images <= len(train):
     raise UserError(
-      f"calibration_images={config.calibration_images}; expected 1 to {len(images[0])}, the images "
+      f"calibration_images={config.calibration_images}; expected 1 to {len(train)}, the images "
       f"in train of {config.images}"
     )
-  return checkpoint, *images
+  return checkpoint, train, val
 
 
 def image_size(config: ConfigDict, checkpoint: Checkpoint) -> tuple[int, int]:

@@ -14,15 +14,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from common.checkpoints.huggingface import Checkpoint
-from common.data.images import (
-  ImageFolder,
-  TFDSImages,
-  centre_crop,
-  load_images,
-  load_preprocessing,
-)
+from common.data.images import centre_crop, load_preprocessing
 from common.errors import UserError
-from common.evaluation.image_classification import accuracy
+from common.evaluation.image_classification import Images, accuracy, open_classifier
 from common.models.vit import VisionTransformer, VisionTransformerConfig
 from common.reporting.report import Claim, Column, Report, Table
 from common.training.optimizer import make_optimizer
@@ -161,43 +155,27 @@ def compare_on_images(config: ConfigDict, report: Report) -> None:
       )
 
 
-def load_together(
-  config: ConfigDict,
-) -> tuple[Checkpoint, ImageFolder | TFDSImages, ImageFolder | TFDSImages]:
+def load_together(config: ConfigDict) -> tuple[Checkpoint, Images, Images]:
   """The opened checkpoint, the images of train and of val, before anything is computed.
 
   Raises:
     UserError: see `compare_on_images`.
   """
-  if not pathlib.Path(config.vision_model).expanduser().is_dir():
-    raise UserError(
-      f"no checkpoint directory {config.vision_model!r}; pass --config.vision_model=DIR of a ViT or "
-      "DeiT with a classifier, such as a copy of facebook/deit-small-patch16-224"
-    )
-  checkpoint = Checkpoint(config.vision_model)
-  model = checkpoint.config
-  if not isinstance(model, VisionTransformerConfig) or model.head == "none":
-    raise UserError(
-      f"{config.vision_model} holds no vision transformer with a classifier; expected ViT or DeiT"
-    )
-  if model.num_channels != 3:
-    raise UserError(f"{config.vision_model} takes {model.num_channels} channels; expected 3, RGB")
   if config.eval_images < 0:
     raise UserError(f"eval_images={config.eval_images}; expected a number of images, or 0 for all")
-  images = []
-  for split in ("train", "val"):
-    images.append(load_images(config.images, split))
-    if len(images[-1].classes) != len(model.labels):
-      raise UserError(
-        f"{split} of {config.images} has {len(images[-1].classes)} classes, the classifier of "
-        f"{config.vision_model} {len(model.labels)}: expected the same ones"
-      )
-  if not 1 <= config.calibration_samples <= len(images[0]):
+  checkpoint, train, val = open_classifier(
+    config.vision_model,
+    config.images,
+    (VisionTransformerConfig,),
+    "ViT or DeiT",
+    flag="vision_model",
+  )
+  if not 1 <= config.calibration_samples <= len(train):
     raise UserError(
-      f"calibration_samples={config.calibration_samples}; expected 1 to {len(images[0])}, the "
-      f"images in train of {config.images}"
+      f"calibration_samples={config.calibration_samples}; expected 1 to {len(train)}, the images in "
+      f"train of {config.images}"
     )
-  return checkpoint, *images
+  return checkpoint, train, val
 
 
 def quantized_models(

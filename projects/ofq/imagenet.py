@@ -14,14 +14,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from common.checkpoints.huggingface import Checkpoint
 from common.data.augmentation import RepeatedAugmentation
-from common.data.images import Preprocessing, augment, load_images, load_preprocessing
+from common.data.images import Preprocessing, augment, load_preprocessing
 from common.errors import UserError
-from common.evaluation.image_classification import accuracy
+from common.evaluation.image_classification import accuracy, open_classifier
 from common.models.sharding import batch_sharding
-from common.models.swin import Swin
-from common.models.vit import VisionTransformer
+from common.models.swin import Swin, SwinConfig
+from common.models.vit import VisionTransformer, VisionTransformerConfig
 from common.reporting.report import Column, Report, Table
 from common.training.loop import train
 from common.training.mesh import make_mesh
@@ -121,25 +120,6 @@ def slug(method: str) -> str:
   return method.lower().replace(" + ", "-").replace(" ", "-")
 
 
-def load_model(path: str) -> VisionTransformer | Swin:
-  """A ViT, DeiT or Swin with a classifier from a checkpoint directory.
-
-  Raises:
-    UserError: it is not there, or holds another kind of model.
-  """
-  if not pathlib.Path(path).expanduser().is_dir():
-    raise UserError(
-      f"no checkpoint directory {path!r}; pass --config.model=DIR of a ViT, DeiT or Swin, such as "
-      "a copy of facebook/deit-tiny-distilled-patch16-224"
-    )
-  model = Checkpoint(path).load_model()
-  if not isinstance(model, VisionTransformer | Swin) or model.config.head == "none":
-    raise UserError(
-      f"{path} holds no vision transformer with a classifier; expected ViT, DeiT or Swin"
-    )
-  return model
-
-
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Trains the config's methods from a checkpoint and reports top-1 and oscillation.
 
@@ -151,15 +131,21 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   Raises:
     UserError: the model or the data is not there, or they do not belong together.
   """
-  model = load_model(config.model)
-  size, preprocessing = model.config.image_size, load_preprocessing(config.model)
-  train_images, test_images = (load_images(config.data, split) for split in ("train", "val"))
+  checkpoint, train_images, test_images = open_classifier(
+    config.model,
+    config.data,
+    (VisionTransformerConfig, SwinConfig),
+    "ViT, DeiT or Swin",
+    flag="model",
+  )
+  size, preprocessing = checkpoint.config.image_size, load_preprocessing(config.model)
   devices = jax.device_count() * config.microbatches
   if config.batch_size % devices or config.batch_size > len(train_images):
     raise UserError(
       f"batch_size={config.batch_size} must be a multiple of devices x microbatches = {devices}, "
       f"and at most the {len(train_images)} training images"
     )
+  model = checkpoint.load_model()
   steps = len(train_images) // config.batch_size
   top1 = lambda model: (
     100 * accuracy(model, test_images, size, config.batch_size, preprocessing=preprocessing)

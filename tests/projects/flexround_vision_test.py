@@ -1,16 +1,12 @@
 """FlexRound on checkpoints of ResNet and MobileNetV2, with images in folders."""
 
-import dataclasses
-import shutil
-import types
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
 
-from common.checkpoints.huggingface import abstract_model, save_model
+from common.checkpoints.huggingface import Checkpoint, abstract_model, save_model
 from common.errors import UserError
 from common.models.mobilenet import MobileNetConfig, Stage
 from common.models.resnet import ResNetConfig
@@ -147,7 +143,7 @@ def test_passes_of_a_few_rows_give_the_whole(data, monkeypatch):
 @pytest.fixture
 def computes_nothing(monkeypatch):
   """A checkpoint's weights are not even read."""
-  monkeypatch.setattr(vision_checkpoint.Checkpoint, "load_model", None)
+  monkeypatch.setattr(Checkpoint, "load_model", None)
 
 
 @pytest.mark.parametrize(
@@ -174,48 +170,3 @@ def test_bad_values_are_refused(data, tmp_path, computes_nothing, field, value, 
   with pytest.raises(UserError, match=message) as error:
     experiment.run(options, tmp_path)
   assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-  "settings, message",
-  [
-    (
-      dataclasses.replace(RESNET, labels=()),
-      "holds no ResNet or MobileNetV2 with a classifier; expected one",
-    ),
-    (
-      dataclasses.replace(RESNET, labels=("a", "b")),
-      "train of folder:.* has 3 classes, the classifier of .* 2: expected the same ones",
-    ),
-    # One more without being the background.
-    (dataclasses.replace(RESNET, labels=tuple("abcd")), "has 3 classes, the classifier of .* 4:"),
-    (
-      dataclasses.replace(MOBILENET, labels=("background", "a", "b")),
-      None,  # As many as folders: one of them is of the background.
-    ),
-    (
-      dataclasses.replace(MOBILENET, labels=("background", "a")),
-      "has 3 classes, the classifier of .* 1 beside the background: expected the same ones",
-    ),
-    (dataclasses.replace(RESNET, num_channels=1), "takes 1 channels; expected 3, RGB"),
-  ],
-)
-def test_other_checkpoints(data, monkeypatch, settings, message):
-  opened = types.SimpleNamespace(config=settings)
-  monkeypatch.setattr(vision_checkpoint, "Checkpoint", lambda path: opened)
-  options = preset(data)
-  if message is None:
-    assert vision_checkpoint.load_together(options)[1].shift == 0
-    return
-  with pytest.raises(UserError, match=message):
-    vision_checkpoint.load_together(options)
-
-
-def test_a_split_with_other_classes_is_refused(data, tmp_path, computes_nothing):
-  for split in ("train", "val"):
-    shutil.copytree(data / split, tmp_path / split)
-  shutil.rmtree(tmp_path / "val" / "c")
-  options = preset(data)
-  options.images = f"folder:{tmp_path}"
-  with pytest.raises(UserError, match="val of folder:.* has 2 classes, the classifier of .* 3"):
-    experiment.run(options, tmp_path)
