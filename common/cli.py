@@ -116,7 +116,10 @@ def run(slug: str) -> NoReturn:
       )
       if not _is_first_process():
         return
+      from common.reporting.measurements import discard_measurements
+
       reporting.write_report(report, workdir)
+      discard_measurements(workdir)
     reporting.print_report(report)
     print(f"written to {workdir}")
 

@@ -344,10 +344,15 @@ def to_markdown(report: Report) -> str:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
+  """`write_bytes` of UTF-8."""
+  write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
   """Replaces the file `path` in one step, so that no reader ever sees half of it."""
   part = path.with_name(f".{path.name}.{os.getpid()}.part")
   try:
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(data)
     os.replace(part, path)
   finally:
     part.unlink(missing_ok=True)

@@ -45,6 +45,11 @@ FILES = {
     from common.reporting.report import Claim, Report
 
 
+    def die(path):
+      path.touch()
+      os.kill(os.getpid(), signal.SIGKILL)
+
+
     def run(config, workdir):
       print("jax imported early:", "jax" in sys.modules)
       if config.fail == "user":
@@ -55,6 +60,12 @@ FILES = {
         os.kill(os.getpid(), signal.SIGINT)
       if config.fail == "lock":
         config.unknown = 1
+      if config.fail == "kill":
+        from common.reporting.measurements import Measurements
+
+        measurements = Measurements(workdir, config)
+        measurements.get("first", lambda: print("measures the first"))
+        measurements.get("second", lambda: (workdir / "once").exists() or die(workdir / "once"))
       if "jax" in sys.modules:
         print("mesh:", dict(sys.modules["jax"].sharding.get_mesh().shape))
       return Report(claims=[Claim.less("c", [config.bits] * len(config.seeds), 5)])
@@ -242,6 +253,16 @@ def test_the_config_is_locked(toy):
 def test_ctrl_c_is_one_line(toy):
   done = toy("--workdir=out", "--config.fail=interrupt")
   assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_killed_run_goes_on(toy):
+  flags = "--workdir=out", "--config.fail=kill"
+  killed = toy(*flags)
+  assert killed.returncode == -9 and not (toy.cwd / "out" / "report.json").exists()
+  done = toy(*flags)
+  assert done.returncode == 0 and "going on with 1 measurements" in done.stderr
+  assert "measures the first" not in done.stdout
+  assert {p.name for p in (toy.cwd / "out").iterdir()} == {"once", "report.json", "report.md"}
 
 
 def test_help_shows_fields_and_presets_without_importing_the_experiment(toy, root):
