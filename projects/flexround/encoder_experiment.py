@@ -1,5 +1,6 @@
 """A pretrained sentence encoder with weights and activations of few bits, and a classifier on top."""
 
+import functools
 import pathlib
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from common.quantization.activations import ActivationFormat
 from common.quantization.calibration import quantize_model
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import ReconstructionSettings
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Report, Table
 from projects.flexround.methods import Protocol, initial_grids, quantize_unit
 
@@ -39,7 +41,7 @@ class Sentences(NamedTuple):
   labels: np.ndarray
 
 
-def compare_on_encoder(config: ConfigDict, report: Report) -> None:
+def compare_on_encoder(config: ConfigDict, measurements: Measurements, report: Report) -> None:
   """Adds the encoder's table and claim; only a note where the model is not at hand."""
   columns = [
     "method",
@@ -73,24 +75,27 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
   full = embed(model, test)
   classifier = LogisticRegression(max_iter=1000).fit(embed(model, train), train.labels)
 
-  def row(name, format, quantized):
-    embeddings = embed(quantized, test)
+  def measure(model):
+    embeddings = embed(model, test)
     found = classifier.predict(embeddings)
     return [
-      name,
-      format,
       embedding_similarity(embeddings, full),
-      None if collection is None else ndcg(quantized, tokenizer, collection),
+      None if collection is None else ndcg(model, tokenizer, collection),
       *scores(test.labels, found),
     ]
 
-  rows, cosine = [row("full precision", None, model)], {}
-  ids = {"tokens": calibration.tokens, "segment_ids": calibration.segment_ids}
+  def measure_quantized(method, bits):
+    ids = {"tokens": calibration.tokens, "segment_ids": calibration.segment_ids}
+    return measure(quantize(method, config, model, bits, **ids))
+
+  rows, cosine = [["full precision", None, *measure(model)]], {}
   for bits in config.encoder_bits:
     for method in ("RTN", "FlexRound"):
-      quantized = quantize(method, config, model, bits, **ids)
-      rows.append(row(method, f"W{bits}A{bits}", quantized))
-      cosine[bits, method] = rows[-1][2]
+      format = f"W{bits}A{bits}"
+      of_method = functools.partial(measure_quantized, method, bits)
+      found = measurements.get(f"encoder, {format}, {method}", of_method)
+      rows.append([method, format, *found])
+      cosine[bits, method] = found[0]
   report.tables.append(
     Table(
       TITLE,

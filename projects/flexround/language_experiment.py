@@ -1,6 +1,7 @@
 """Part (b): a decoder's perplexity, its zero-shot choices, and where the integers moved."""
 
-import collections
+import functools
+import pathlib
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from common.quantization.calibration import quantize_model
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import ReconstructionSettings
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.flexround.flexround import GridShift
 from projects.flexround.methods import (
@@ -43,6 +45,25 @@ class Quantized(NamedTuple):
   blocks: list[QuantizedUnit]
 
 
+class LanguageResult(NamedTuple):
+  """What is measured of a quantized decoder.
+
+  Attributes:
+    losses: on held-out windows.
+    choice_accuracy: which of four endings belongs to a window; of the last draw only.
+    task_accuracies: of the config's benchmarks; of the last draw only.
+    shift_shares: see `shift_shares`; None where no integers were moved.
+    step_losses: of every reconstruction step of the first blocks, float32 [num_steps] each; empty
+      for rounding to nearest and layer by layer.
+  """
+
+  losses: WindowLosses
+  choice_accuracy: float | None
+  task_accuracies: list[float]
+  shift_shares: tuple[np.ndarray, np.ndarray] | None
+  step_losses: list[np.ndarray]
+
+
 def integer_format(config: ConfigDict, bits: int) -> IntegerFormat:
   """Asymmetric, one scale per output channel or one per tensor."""
   if config.axis not in ("channel", "tensor"):
@@ -54,7 +75,9 @@ def reconstruction_settings(config: ConfigDict) -> ReconstructionSettings:
   return ReconstructionSettings(config.steps, config.batch_size, sample_memory=config.sample_memory)
 
 
-def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> None:
+def compare_on_language_model(
+  config: ConfigDict, workdir: pathlib.Path, measurements: Measurements, report: Report
+) -> None:
   """Adds the table, the figures and the claims of the language model to the report."""
   formats = {
     bits: integer_format(config, bits) for bits in (config.model_bits, *config.model_other_bits)
@@ -63,40 +86,63 @@ def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> No
   base = base_model(config.model)
   windows = held_out_windows(config, base)
   draws = {seed: calibration(config, base, seed) for seed in config.model_seeds}
-  full = window_losses(base.model, windows)
   count = min(config.choice_questions, len(windows))
   questions = continuation_questions(windows[:count], choice_length=8, num_choices=4, seed=0)
-  score = lambda model: choice_accuracy(model, questions).accuracy
-  tasks = lambda model: zero_shot_accuracies(
-    model, base.tokenizer, config.tasks, limit=config.task_limit
-  )
-  rows = [["full precision", None, full.perplexity, None, None, score(base.model)]]
-  on_tasks = [["full precision", None, *tasks(base.model)]]
-  losses: dict[tuple, list[WindowLosses]] = collections.defaultdict(list)
-  shifts, rates = [], None
-  for bits, format in formats.items():
-    main = bits == config.model_bits
-    protocol = Protocol(
+  protocols = {
+    f"W{bits} per {config.axis}": Protocol(
       format, config.start, reconstruction_settings(config), layer_wise=config.layer_wise
     )
-    grids = [initial_grids(block, protocol) for block in base.model.blocks]
-    used = list(draws.items())[: None if main else 1]
-    if rates is None:
-      rates = sweep(config, base.model, used[0][1], protocol)
-    for method in METHODS:
-      for seed, tokens in used:
-        result = quantize(method, base.model, tokens, seed, protocol, rates, grids)
-        losses[bits, method].append(window_losses(result.model, windows))
-        if method == "FlexRound" and main:
-          shifts.append(result)
-      perplexities = [loss.perplexity for loss in losses[bits, method]]
-      spread = float(np.std(perplexities, ddof=1)) if len(used) > 1 else None
-      excess = np.mean([nats(loss) - nats(full) for loss in losses[bits, method]])
-      name = f"W{bits} per {config.axis}"
-      rows.append([method, name, np.mean(perplexities), spread, excess, score(result.model)])
-      on_tasks.append([method, name, *tasks(result.model)])
+    for bits, format in formats.items()
+  }
+  w8a8 = "W8A8 per tensor"
   if config.w8a8:
-    rows += w8a8_rows(config, base.model, draws, full, windows, rates, score)
+    protocols[w8a8] = w8a8_protocol(config)
+  main = next(iter(protocols))
+  first = draws[config.model_seeds[0]]
+  rates = measurements.get(
+    "language model, rates", lambda: sweep(config, base.model, first, protocols[main])
+  )
+  grids_of = functools.lru_cache(maxsize=1)(
+    lambda protocol: [initial_grids(block, protocol) for block in base.model.blocks]
+  )
+
+  def score(model: Decoder, blocks: list[QuantizedUnit] = (), *, last: bool = True):
+    shifts = [shift for block in blocks for shift in block.shifts.values()]
+    return LanguageResult(
+      window_losses(model, windows),
+      choice_accuracy(model, questions).accuracy if last else None,
+      zero_shot_accuracies(model, base.tokenizer, config.tasks, limit=config.task_limit)
+      if last
+      else [],
+      shift_shares(shifts) if shifts else None,
+      [np.asarray(block.losses) for block in blocks[:4] if block.losses is not None],
+    )
+
+  def result(setting: str, method: str, seed: int, last: bool) -> LanguageResult:
+    def measure():
+      protocol = protocols[setting]
+      grids = grids_of(protocol)
+      quantized = quantize(method, base.model, draws[seed], seed, protocol, rates, grids)
+      return score(*quantized, last=last)
+
+    return measurements.get(f"language model, {setting}, {method}, seed {seed}", measure)
+
+  full = measurements.get("language model, full precision", lambda: score(base.model))
+  rows = [["full precision", None, full.losses.perplexity, None, None, full.choice_accuracy]]
+  on_tasks = [["full precision", None, *full.task_accuracies]]
+  results: dict[tuple[str, str], list[LanguageResult]] = {}
+  for setting in protocols:
+    seeds = config.model_seeds[: None if setting == main else 1]
+    for method in METHODS if setting != w8a8 else ("RTN", "FlexRound"):
+      found = [result(setting, method, seed, seed == seeds[-1]) for seed in seeds]
+      results[setting, method] = found
+      perplexities = [r.losses.perplexity for r in found]
+      spread = float(np.std(perplexities, ddof=1)) if len(seeds) > 1 else None
+      excess = np.mean([nats(r.losses) - nats(full.losses) for r in found])
+      last = found[-1]
+      row = [method, setting, np.mean(perplexities), spread, excess, last.choice_accuracy]
+      rows.append(row)
+      on_tasks.append([method, setting, *last.task_accuracies])
   chosen = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
   report.tables.append(
     Table(
@@ -121,11 +167,12 @@ def compare_on_language_model(config: ConfigDict, workdir, report: Report) -> No
     columns = [Column(task, ".4f", better="higher") for task in config.tasks]
     title = f"Zero-shot accuracy of {config.model}, last draw"
     report.tables.append(Table(title, ["method", "format", *columns], on_tasks))
-  report.claims.extend(claims(config, losses))
-  if any(block.shifts for result in shifts for block in result.blocks):
-    add_grid_shift(config, shifts, workdir, report)
-  if not config.layer_wise:
-    add_block_losses(shifts[0], workdir, report)
+  report.claims.extend(claims(config, main, results))
+  learned = results[main, "FlexRound"]
+  if all(r.shift_shares for r in learned):
+    add_grid_shift(config, learned, workdir, report)
+  if learned[0].step_losses:
+    add_block_losses(learned[0], workdir, report)
 
 
 def held_out_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
@@ -177,24 +224,15 @@ def quantize(method, model: Decoder, tokens, seed, protocol: Protocol, rates, gr
   return Quantized(quantize_model(model, tokens, block, stream="both"), results)
 
 
-def w8a8_rows(config, model, draws, full, windows, rates, score) -> list[list]:
+def w8a8_protocol(config: ConfigDict) -> Protocol:
   """W8A8 per tensor, static activations: the paper's LLaMA setting."""
-  protocol = Protocol(
+  return Protocol(
     IntegerFormat(8, axis=None),
     "min_max",
     reconstruction_settings(config),
     ActivationFormat(8, "per_tensor"),
     config.layer_wise,
   )
-  grids = [initial_grids(block, protocol) for block in model.blocks]
-  seed, tokens = next(iter(draws.items()))
-  rows = []
-  for method in ("RTN", "FlexRound"):
-    result = quantize(method, model, tokens, seed, protocol, rates, grids)
-    losses = window_losses(result.model, windows)
-    excess = nats(losses) - nats(full)
-    rows.append([method, "W8A8 per tensor", losses.perplexity, None, excess, score(result.model)])
-  return rows
 
 
 def nats(losses: WindowLosses) -> float:
@@ -202,24 +240,22 @@ def nats(losses: WindowLosses) -> float:
   return float(losses.nll.mean() / losses.tokens)
 
 
-def claims(config: ConfigDict, losses) -> list[Claim]:
+def claims(config: ConfigDict, setting: str, results) -> list[Claim]:
   """RTN > AdaRound >= FlexRound in loss."""
-  bits = config.model_bits
-  of = lambda method: [nats(loss) for loss in losses[bits, method]]
-  where = f"{config.model}, W{bits} per {config.axis}, nats per token"
+  of = lambda method: [nats(result.losses) for result in results[setting, method]]
+  where = f"{config.model}, {setting}, nats per token"
   pairs = (("AdaRound", "RTN"), ("FlexRound", "AdaRound"), ("FlexRound", "AdaQuant"))
   return [
     Claim.less(f"{a} has lower loss than {b} ({where})", {a: of(a), b: of(b)}) for a, b in pairs
   ]
 
 
-def shift_shares(blocks: list[QuantizedUnit]) -> tuple[np.ndarray, np.ndarray]:
+def shift_shares(shifts: list[GridShift]) -> tuple[np.ndarray, np.ndarray]:
   """How often integers move by at least 1, 2 and 3, by bins of |W| / s1 with equally many weights.
 
   Returns:
     (median |W| / s1 of each bin [bins], shares [3, bins]).
   """
-  shifts: list[GridShift] = [shift for block in blocks for shift in block.shifts.values()]
   moved = np.concatenate([np.abs(np.asarray(s.shift)).ravel() for s in shifts])
   magnitude = np.concatenate([np.asarray(s.magnitude).ravel() for s in shifts])
   order = np.array_split(np.argsort(magnitude), MAGNITUDE_BINS)
@@ -227,9 +263,9 @@ def shift_shares(blocks: list[QuantizedUnit]) -> tuple[np.ndarray, np.ndarray]:
   return np.array([np.median(magnitude[rows]) for rows in order]), np.array(shares)
 
 
-def add_grid_shift(config, results: list[Quantized], workdir, report: Report) -> None:
+def add_grid_shift(config, results: list[LanguageResult], workdir, report: Report) -> None:
   """The paper's figure: learned minus nearest integer, against |W|."""
-  found = [shift_shares(result.blocks) for result in results]
+  found = [result.shift_shares for result in results]
   magnitude = np.mean([m for m, _ in found], axis=0)
   shares = np.array([s for _, s in found])
   plots.line_plot(
@@ -268,11 +304,10 @@ def add_grid_shift(config, results: list[Quantized], workdir, report: Report) ->
   )
 
 
-def add_block_losses(result: Quantized, workdir, report: Report) -> None:
+def add_block_losses(result: LanguageResult, workdir, report: Report) -> None:
   """The loss of every reconstruction step, averaged over windows of steps."""
   series = {}
-  for i, block in enumerate(result.blocks[:4]):
-    losses = np.asarray(block.losses)
+  for i, losses in enumerate(result.step_losses):
     window = max(1, len(losses) // 20)
     losses = losses[: len(losses) // window * window].reshape(-1, window).mean(axis=1)
     series[f"block {i}"] = (np.arange(len(losses)) * window, losses)

@@ -18,6 +18,7 @@ from common.quantization.activations import ActivationFormat
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import ReconstructionSettings
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.flexround import convnets
 from projects.flexround.convnets import Network
@@ -50,7 +51,9 @@ class Outcome(NamedTuple):
 Outcomes = dict[tuple[int, str], list[Outcome]]
 
 
-def compare_on_digits(config: ConfigDict, workdir, report: Report) -> None:
+def compare_on_digits(
+  config: ConfigDict, workdir: pathlib.Path, measurements: Measurements, report: Report
+) -> None:
   """Adds the tables, the figure and the claims of all small networks to the report."""
   for i, (name, all_bits) in enumerate(config.networks.items()):
     # The ablations and activations are of the first network only.
@@ -62,13 +65,14 @@ def compare_on_digits(config: ConfigDict, workdir, report: Report) -> None:
       all_bits,
       methods,
       config.activation_seeds if i == 0 else 0,
+      measurements,
       report,
     )
     report.claims.extend(claims(name, all_bits, outcomes))
     plot(name, all_bits, outcomes, methods, workdir, report)
 
 
-def compare_on_images(config: ConfigDict, report: Report) -> None:
+def compare_on_images(config: ConfigDict, measurements: Measurements, report: Report) -> None:
   """Adds the tables and claims of a checkpoint on the images of its classes to the report.
 
   Raises:
@@ -80,7 +84,7 @@ def compare_on_images(config: ConfigDict, report: Report) -> None:
   title = f"{config.vision_model} on {config.images}"
   methods, seeds = config.network_methods, config.activation_seeds
   outcomes = compare(
-    config, title, network_of, config.vision_bits, methods, seeds, report, note=note
+    config, title, network_of, config.vision_bits, methods, seeds, measurements, report, note=note
   )
   name = pathlib.Path(config.vision_model).expanduser().name
   report.claims.extend(claims(name, config.vision_bits, outcomes))
@@ -93,6 +97,7 @@ def compare(
   all_bits,
   methods,
   activation_seeds: int,
+  measurements: Measurements,
   report: Report,
   *,
   note: str = "",
@@ -106,6 +111,7 @@ def compare(
     all_bits: of the weights.
     methods: that are compared.
     activation_seeds: with quantized activations on so many seeds.
+    measurements: of the run.
     report: is added to.
     note: the end of the first table's note.
 
@@ -114,27 +120,43 @@ def compare(
   """
   outcomes, full = collections.defaultdict(list), []
   activations = collections.defaultdict(list)
-  rates = {}
-  for j, seed in enumerate(config.network_seeds):
+  # Made when a measurement that is missing asks for it; all but the last are forgotten.
+  network_of = functools.lru_cache(maxsize=1)(network_of)
+  grids_of = functools.lru_cache(maxsize=1)(
+    lambda seed, protocol: network_grids(network_of(seed).model, protocol)
+  )
+  rates = measurements.get(
+    f"{title}, rates",
+    lambda: sweep(config, network_of(config.network_seeds[0]), min(all_bits)),
+  )
+
+  def outcome(setting: str, method: str, seed: int, protocol: Protocol) -> Outcome:
+    return measurements.get(
+      f"{title}, {setting}, {method}, seed {seed}",
+      lambda: quantize(method, network_of(seed), seed, protocol, rates, grids_of(seed, protocol)),
+    )
+
+  def accuracy(seed: int) -> float:
     network = network_of(seed)
-    full.append(network.score(network.model).accuracy)
-    if not rates:
-      rates = sweep(config, network, min(all_bits))
+    return network.score(network.model).accuracy
+
+  for j, seed in enumerate(config.network_seeds):
+    in_full = functools.partial(accuracy, seed)
+    full.append(measurements.get(f"{title}, full precision, seed {seed}", in_full))
     for bits in (*all_bits, *(config.network_other_bits if j == 0 else ())):
       protocol = make_protocol(config, bits)
-      grids = network_grids(network.model, protocol)
       for method in methods:
-        outcomes[bits, method].append(quantize(method, network, seed, protocol, rates, grids))
+        outcomes[bits, method].append(outcome(f"W{bits}", method, seed, protocol))
     if j < activation_seeds:
+      bits = config.activation_bits
       for label, drop in (("B", 0.0), ("Q", 0.5)):
-        protocol = make_protocol(config, config.activation_bits, activations=True, drop=drop)
-        grids = network_grids(network.model, protocol)
+        protocol = make_protocol(config, bits, activations=True, drop=drop)
         for method in ("RTN", "AdaRound", "FlexRound"):
           # Nothing of RTN depends on the protocol.
           if method != "RTN" or label == "B":
             shown = method if method == "RTN" else f"{label} + {method}"
-            result = quantize(method, network, seed, protocol, rates, grids)
-            activations[config.activation_bits, shown].append(result)
+            setting = f"W{bits}A{bits}, protocol {label}"
+            activations[bits, shown].append(outcome(setting, method, seed, protocol))
   chosen = ", ".join(f"{method} {rate:g}" for method, rate in rates.items())
   first_note = (
     f"Mean over {len(config.network_seeds)} seeds; where no sd is shown, one seed. Full "

@@ -24,7 +24,14 @@ from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import QuantizedKernel
 from common.quantization.reconstruction import Learned, ReconstructionSettings, reconstruct
 from common.quantization.straight_through import lsq
-from projects.flexround import config, convnets, digits_networks, experiment, language_experiment
+from projects.flexround import (
+  config,
+  convnets,
+  digits_networks,
+  experiment,
+  language_experiment,
+  network_experiment,
+)
 from projects.flexround.activation_quantizer import LearnedInput, freeze_inputs
 from projects.flexround.flexround import (
   FlexRound,
@@ -370,12 +377,12 @@ def test_bad_input_is_named_before_any_work(model, streams):
   settings = config.get_config("tiny")
   settings.axis = "row"
   with pytest.raises(UserError, match="axis='row'.*channel, tensor"):
-    experiment.compare_on_language_model(settings, pathlib.Path(), None)
+    experiment.compare_on_language_model(settings, pathlib.Path(), None, None)
   with pytest.raises(UserError, match="network='VGG'"):
     digits_networks.train("VGG", None, num_steps=1, seed=0)
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(config.get_config("tiny"), tmp_path)
   assert [t.title.split(",")[0] for t in report.tables] == [
     "ResNet",
@@ -388,6 +395,12 @@ def test_tiny_run(tmp_path):
   for figure in report.figures:
     assert (tmp_path / figure.path).stat().st_size > 5000
   assert len(report.claims) == 8
+
+  # After a kill the same command measures nothing again.
+  for module in (network_experiment, language_experiment):
+    monkeypatch.setattr(module, "quantize", None)
+    monkeypatch.setattr(module, "sweep", None)
+  assert experiment.run(config.get_config("tiny"), tmp_path) == report
 
 
 def test_a_missing_encoder_leaves_a_note(tmp_path, monkeypatch):
