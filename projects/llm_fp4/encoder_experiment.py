@@ -1,7 +1,7 @@
 """A pretrained encoder after FPQ: embeddings, retrieval and text classification, or a task of GLUE."""
 
+import functools
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from common.evaluation.retrieval import embed_texts, embedding_similarity, retri
 from common.evaluation.text_classification import read_task, scores, task_table
 from common.models.encoder import Encoder
 from common.paths import models_dir
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Report, Table
 from projects.llm_fp4.methods import (
   BASELINE,
@@ -33,10 +34,11 @@ from projects.llm_fp4.methods import (
 from projects.llm_fp4.models import fpq
 
 DOMAINS = ("embedded:code", "embedded:prose", "embedded:science")
+METHODS = (MINMAX_INT, *FLOAT_METHODS)
 TEXTS = 60  # To fit the classifier on, and as many to test it.
 
 
-def compare_on_encoder(config: ConfigDict, report: Report) -> None:
+def compare_on_encoder(config: ConfigDict, measurements: Measurements, report: Report) -> None:
   """Adds the encoder's table and claims: of a task, if the config names its files.
 
   Raises:
@@ -51,11 +53,15 @@ def compare_on_encoder(config: ConfigDict, report: Report) -> None:
   if config.labelled_train or config.labelled_test:
     compare_on_task(config, model, tokenizer, report)
   else:
-    compare_on_retrieval(config, model, tokenizer, report)
+    compare_on_retrieval(config, model, tokenizer, measurements, report)
 
 
 def compare_on_retrieval(
-  config: ConfigDict, model: Encoder, tokenizer: Tokenizer, report: Report
+  config: ConfigDict,
+  model: Encoder,
+  tokenizer: Tokenizer,
+  measurements: Measurements,
+  report: Report,
 ) -> None:
   """A sentence encoder's embeddings, and what is done with them."""
   whole = load_collection()
@@ -71,25 +77,25 @@ def compare_on_retrieval(
   full = embed(model, collection.documents)
   rows, cosine, ndcg = [], {}, {}
 
-  def evaluate(name, bits, candidate):
-    documents = full if bits is None else embed(candidate, collection.documents)
+  def evaluate(candidate):
+    documents = full if candidate is model else embed(candidate, collection.documents)
     by_query = retrieval_ndcg(embed(candidate, collection.queries), documents, collection)
     predicted = classifier.predict(embed(candidate, test_texts))
-    cosine[name, bits] = embedding_similarity(documents, full)
-    ndcg[name, bits] = by_query
-    rows.append(
-      [
-        name,
-        "32/32/32" if bits is None else f"{bits}/{bits}/{bits}",
-        cosine[name, bits],
-        float(by_query.mean()),
-        *scores(test_labels, predicted),
-      ]
-    )
+    return embedding_similarity(documents, full), by_query, scores(test_labels, predicted)
 
-  evaluate("full precision", None, model)
-  for quantized in quantized_models(config, model, tokens, segment_ids=segment_ids):
-    evaluate(*quantized)
+  def measure(bits, name):
+    return evaluate(quantize(config, model, name, bits, tokens, segment_ids=segment_ids))
+
+  def add(bits, name, similarity, by_query, classified):
+    cosine[name, bits], ndcg[name, bits] = similarity, by_query
+    width = f"{bits}/{bits}/{bits}" if bits else "32/32/32"
+    rows.append([name, width, similarity, float(by_query.mean()), *classified])
+
+  add(None, "full precision", *evaluate(model))
+  for bits in config.encoder_bits:
+    for name in METHODS:
+      of_method = functools.partial(measure, bits, name)
+      add(bits, name, *measurements.get(f"encoder, {bits} bits, {name}", of_method))
   report.tables.append(
     Table(
       f"Sentence encoder {config.encoder}",
@@ -114,35 +120,34 @@ def compare_on_retrieval(
   report.claims.extend(claims(config, cosine, ndcg))
 
 
-def quantized_models(
+def quantize(
   config: ConfigDict,
   model: Encoder,
+  method: str,
+  bits: int,
   tokens: jax.Array,
   *,
   labels: np.ndarray | None = None,
   **ids: jax.Array,
-) -> Iterator[tuple[str, int, Encoder]]:
-  """Every method at every width: name, bits, and the encoder, embeddings included.
+) -> Encoder:
+  """The encoder, embeddings included, by a method of `METHODS`.
 
   Args:
     config: the run's.
     model: in full precision.
+    method: its name.
+    bits: of weights, activations and embeddings.
     tokens: calibration samples, int32 [samples, seq].
     labels: their classes, int [samples]; without them there is no loss, and `metric` applies.
     **ids: `segment_ids` and `token_types` of the same shape, as of `search_model`.
   """
   products = config.attention_products
+  options = {"embedding_bits": bits, **ids}
+  if method == MINMAX_INT:
+    return integer_model(model, tokens, bits, attention_products=products, **options)
   part = {"attention_products": products} if labels is None else classifier_settings(config)
-  for bits in config.encoder_bits:
-    options = {"embedding_bits": bits, **ids}
-    yield (
-      MINMAX_INT,
-      bits,
-      integer_model(model, tokens, bits, attention_products=products, **options),
-    )
-    for name, changes in FLOAT_METHODS.items():
-      settings = fpq_settings(config, bits, **part | changes)
-      yield name, bits, fpq(model, tokens, settings, labels=labels, **options)
+  settings = fpq_settings(config, bits, **part | FLOAT_METHODS[method])
+  return fpq(model, tokens, settings, labels=labels, **options)
 
 
 def compare_on_task(
@@ -162,10 +167,11 @@ def compare_on_task(
 
   def models():
     yield "full precision", "32/32/32", model
-    for name, bits, quantized in quantized_models(
-      config, model, labels=task.calibration_labels, **calibration
-    ):
-      yield name, f"{bits}/{bits}/{bits}", quantized
+    for bits in config.encoder_bits:
+      for method in METHODS:
+        labels = task.calibration_labels
+        quantized = quantize(config, model, method, bits, labels=labels, **calibration)
+        yield method, f"{bits}/{bits}/{bits}", quantized
 
   report.tables.append(task_table(config.encoder, "bits E/W/A", task, models()))
 

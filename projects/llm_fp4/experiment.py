@@ -5,9 +5,11 @@ import pathlib
 from ml_collections import ConfigDict
 
 from common.errors import UserError
+from common.evaluation.perplexity import WindowLosses
+from common.reporting.measurements import Measurements
 from common.reporting.report import Report
 from projects.llm_fp4.encoder_experiment import compare_on_encoder
-from projects.llm_fp4.language_experiment import compare_on_language_model
+from projects.llm_fp4.language_experiment import Result, compare_on_language_model
 from projects.llm_fp4.methods import classifier_settings, fpq_settings
 from projects.llm_fp4.vision_experiment import compare_on_digits, compare_on_images
 
@@ -26,12 +28,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     fpq_settings(config, bits)
     fpq_settings(config, bits, **classifier_settings(config))
   report = Report(tables=[], figures=[], claims=[])
+  measurements = Measurements(workdir, config, (Result, WindowLosses))
   if config.model:
-    compare_on_language_model(config, workdir, report)
+    compare_on_language_model(config, workdir, measurements, report)
   if config.vision_epochs:
-    compare_on_digits(config, report)
+    compare_on_digits(config, measurements, report)
   if config.vision_model:
-    compare_on_images(config, report)
+    compare_on_images(config, measurements, report)
   if config.encoder:
-    compare_on_encoder(config, report)
+    compare_on_encoder(config, measurements, report)
   return report

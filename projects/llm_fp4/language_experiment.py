@@ -1,7 +1,9 @@
 """Language models: perplexity and layer errors of every method, ablations, zero-shot accuracy."""
 
+import functools
 import pathlib
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
 from common.models.outliers import inject_outliers
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.llm_fp4 import search_result
 from projects.llm_fp4.llm_fp4 import FPQSettings
@@ -33,7 +36,7 @@ from projects.llm_fp4.methods import (
   fpq_settings,
   integer_model,
 )
-from projects.llm_fp4.models import ModelSearch, apply_to_model, search_model
+from projects.llm_fp4.models import apply_to_model, search_model
 
 # Zero-shot averages of the paper's Table 1 at 4/4/4 (SmoothQuant: 16/4/4), LLaMA-7B.
 PAPER_LLAMA_7B = {
@@ -65,29 +68,39 @@ class Result(NamedTuple):
     return float(self.losses.nll.mean() / self.losses.tokens)
 
 
-def compare_on_language_model(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
+def compare_on_language_model(
+  config: ConfigDict, workdir: pathlib.Path, measurements: Measurements, report: Report
+) -> None:
   """Adds the language model's tables, claims and figure."""
   require_harness(config.tasks)
   base = base_model(config.model)
   windows = held_out_windows(config, base)
   draws = {seed: draw(config, base, config.calibration_samples, seed) for seed in config.seeds}
-  variants = {"natural": (base.model, config.seeds[:1])}
-  for gain in config.outlier_gains:
-    variants[f"outliers x{gain:g}"] = gain, config.seeds
-  excess = {}
+  # {variant: the gain of its outliers}
+  variants = {"natural": None} | {f"outliers x{gain:g}": gain for gain in config.outlier_gains}
+  last, excess = list(variants)[-1], {}
   with Progress(console=Console(stderr=True)) as progress:
     steps = progress.add_task("language model", total=len(variants) + 2)
-    for variant, (model, seeds) in variants.items():
-      models = {seed: outlier_model(base.model, model, seed) for seed in seeds}
+    for variant, gain in variants.items():
+      seeds = config.seeds[: 1 if gain is None else None]
       # Other widths on the last variant only.
-      widths = config.other_bits if variant == list(variants)[-1] else ()
-      excess[variant] = compare_methods(config, variant, models, windows, draws, widths, report)
+      widths = config.other_bits if variant == last else ()
+      excess[variant] = compare_methods(
+        config,
+        variant,
+        functools.lru_cache(maxsize=1)(functools.partial(outlier_model, base.model, gain)),
+        {seed: draws[seed] for seed in seeds},
+        windows,
+        widths,
+        measurements,
+        report,
+      )
       progress.advance(steps)
     if config.ablations:
-      model = outlier_model(base.model, list(variants.values())[-1][0], config.seeds[0])
-      ablate(config, list(variants)[-1], model, base, windows, report)
+      model = outlier_model(base.model, variants[last], config.seeds[0])
+      ablate(config, last, model, base, windows, measurements, report)
     progress.advance(steps)
-    final_model(config, base, draws[config.seeds[0]], windows, workdir, report)
+    final_model(config, base, draws[config.seeds[0]], windows, workdir, measurements, report)
     progress.advance(steps)
   plot_methods(config, excess, workdir, report)
 
@@ -112,60 +125,79 @@ def draw(config: ConfigDict, base: BaseModel, samples: int, seed: int) -> jax.Ar
   return jnp.asarray(tokens)
 
 
-def outlier_model(base: Decoder, model: Decoder | float, seed: int) -> Decoder:
-  """The model itself, or the base model with outliers of a gain in the seed's channels."""
-  if isinstance(model, Decoder):
-    return model
-  return inject_outliers(base, jax.random.key(seed), gain=model)
+def outlier_model(base: Decoder, gain: float | None, seed: int) -> Decoder:
+  """The base model, with outliers of a gain in the seed's channels unless it is None."""
+  return base if gain is None else inject_outliers(base, jax.random.key(seed), gain=gain)
 
 
-def float_result(
-  model: Decoder, tokens, windows, settings: FPQSettings, bits: int
-) -> tuple[Result, ModelSearch]:
-  """Quantizes with a search and evaluates."""
-  start = time.perf_counter()
+def quantize(
+  config: ConfigDict, model: Decoder, tokens, method: str, bits: int
+) -> tuple[Decoder, float | None]:
+  """The model quantized by one of the methods, and its layer error where there is a search."""
+  if method in FLOAT_METHODS:
+    settings = fpq_settings(config, bits, **FLOAT_METHODS[method])
+    return quantize_by_search(model, tokens, settings, bits)
+  smoothquant = method == SMOOTHQUANT
+  return integer_model(model, tokens, bits, embedding_bits=bits, smoothquant=smoothquant), None
+
+
+def quantize_by_search(
+  model: Decoder, tokens, settings: FPQSettings, bits: int
+) -> tuple[Decoder, float]:
+  """The model quantized with a search, and its layer error."""
   search = search_model(model, tokens, settings, embedding_bits=bits)
-  quantized = apply_to_model(model, search, settings, embedding_bits=bits)
-  jax.block_until_ready(quantized)
-  seconds = time.perf_counter() - start
   errors = [float(linear.output_error) for linear in search.linears.values()]
-  return Result(window_losses(quantized, windows), float(np.mean(errors)), seconds), search
+  return apply_to_model(model, search, settings, embedding_bits=bits), float(np.mean(errors))
 
 
-def quantize_all(config: ConfigDict, model: Decoder, tokens, windows, bits: int):
-  """Yields (method, Result)."""
-  for name, smoothquant in ((MINMAX_INT, False), (SMOOTHQUANT, True)):
-    start = time.perf_counter()
-    quantized = integer_model(model, tokens, bits, embedding_bits=bits, smoothquant=smoothquant)
-    jax.block_until_ready(quantized)
-    seconds = time.perf_counter() - start
-    yield name, Result(window_losses(quantized, windows), None, seconds)
-  for name, changes in FLOAT_METHODS.items():
-    settings = fpq_settings(config, bits, **changes)
-    yield name, float_result(model, tokens, windows, settings, bits)[0]
+def measure(quantize: Callable[[], tuple[Decoder, float | None]], windows) -> Result:
+  """What becomes of the model that `quantize` returns with its layer error."""
+  start = time.perf_counter()
+  model, layer_error = quantize()
+  jax.block_until_ready(model)
+  seconds = time.perf_counter() - start
+  return Result(window_losses(model, windows), layer_error, seconds)
 
 
 def compare_methods(
-  config: ConfigDict, variant, models, windows, draws, other_bits, report: Report
-):
+  config: ConfigDict,
+  variant: str,
+  model_of: Callable[[int], Decoder],
+  draws: Mapping[int, jax.Array],
+  windows: np.ndarray,
+  other_bits: Sequence[int],
+  measurements: Measurements,
+  report: Report,
+) -> dict[str, list[float]]:
   """The main table of a variant and its claims; returns {method: excess nats by seed}.
 
   Args:
-    models: {seed: the variant's full-precision model}.
-    windows: evaluation text.
+    config: the run's.
+    variant: its name.
+    model_of: the variant's full-precision model of a seed.
     draws: {seed: calibration tokens}.
+    windows: evaluation text.
     other_bits: further widths, on the first seed.
+    measurements: of the run.
     report: gets the table.
   """
-  full = {s: Result(window_losses(m, windows), None, 0.0) for s, m in models.items()}
+  full = {}
+  for seed in draws:
+    in_full = lambda seed=seed: measure(lambda: (model_of(seed), None), windows)
+    full[seed] = measurements.get(f"{variant}, full precision, seed {seed}", in_full)
   perplexity = lambda results: float(np.mean([r.losses.perplexity for r in results]))
   rows = [["full precision", "32/32/32", perplexity(full.values()), None, None, None, None]]
-  excess, first = {}, next(iter(models))
+  excess = {}
   for bits in (config.bits, *other_bits):
-    main = bits == config.bits
     results = {}
-    for seed in models if main else [first]:
-      for name, result in quantize_all(config, models[seed], draws[seed], windows, bits):
+    for seed in list(draws)[: None if bits == config.bits else 1]:
+      for name in (MINMAX_INT, SMOOTHQUANT, *FLOAT_METHODS):
+
+        def quantized(seed=seed, name=name, bits=bits):
+          return quantize(config, model_of(seed), draws[seed], name, bits)
+
+        of_method = functools.partial(measure, quantized, windows)
+        result = measurements.get(f"{variant}, {bits} bits, {name}, seed {seed}", of_method)
         results.setdefault(name, []).append((result, result.nll - full[seed].nll))
     for name, of_seeds in results.items():
       found, above = zip(*of_seeds)
@@ -196,7 +228,7 @@ def compare_methods(
       ],
       rows,
       note=(
-        f"{len(models)} seeds at {config.bits} bits, one at other widths. Layer error: squared error "
+        f"{len(draws)} seeds at {config.bits} bits, one at other widths. Layer error: squared error "
         "of a linear's output over its squared norm, mean over linears, on calibration tokens. "
         "Seconds: the fastest seed's; with one seed they may include compilation."
       ),
@@ -236,7 +268,9 @@ def claims(bits: int, other_bits, variant: str, excess) -> list[Claim]:
   return found
 
 
-def ablate(config: ConfigDict, variant, model, base, windows, report: Report) -> None:
+def ablate(
+  config: ConfigDict, variant, model, base, windows, measurements: Measurements, report: Report
+) -> None:
   """FPQ with one thing changed, on the first seed."""
   seed, bits = config.seeds[0], config.bits
   tokens = draw(config, base, config.calibration_samples, seed)
@@ -246,11 +280,13 @@ def ablate(config: ConfigDict, variant, model, base, windows, report: Report) ->
     draw(config, base, config.few_samples, seed),
     {},
   )
-  full = Result(window_losses(model, windows), None, 0.0).nll
+  full = measure(lambda: (model, None), windows).nll
   rows, found = [], {}
   for name, (calibration, changes) in runs.items():
     settings = fpq_settings(config, bits, **changes)
-    result, search = float_result(model, calibration, windows, settings, bits)
+    changed = functools.partial(quantize_by_search, model, calibration, settings, bits)
+    of_change = functools.partial(measure, changed, windows)
+    result = measurements.get(f"one thing changed, {name}", of_change)
     found[name] = result.nll - full
     rows.append([name, result.losses.perplexity, found[name], result.layer_error])
   report.tables.append(
@@ -267,11 +303,19 @@ def ablate(config: ConfigDict, variant, model, base, windows, report: Report) ->
   )
 
 
-def final_model(config: ConfigDict, base: BaseModel, tokens, windows, workdir, report) -> None:
+def final_model(
+  config: ConfigDict,
+  base: BaseModel,
+  tokens,
+  windows,
+  workdir,
+  measurements: Measurements,
+  report: Report,
+) -> None:
   """What a user takes home: the saved search, the folded 4-bit model, zero-shot accuracy."""
   bits = config.bits
   settings = fpq_settings(config, bits)
-  result, search = float_result(base.model, tokens, windows, settings, bits)
+  search = search_model(base.model, tokens, settings, embedding_bits=bits)
   search_result.save(workdir / "search.safetensors", search, settings)
   make = lambda packed: apply_to_model(
     base.model, search, settings, embedding_bits=bits, packed=packed
@@ -300,20 +344,17 @@ def final_model(config: ConfigDict, base: BaseModel, tokens, windows, workdir, r
     )
   )
   if config.tasks:
-    candidates = {"full precision": base.model, FPQ: simulated}
-    for name in (MINMAX_FP, BASELINE):
-      changed = fpq_settings(config, bits, **FLOAT_METHODS[name])
-      found = search_model(base.model, tokens, changed, embedding_bits=bits)
-      candidates[name] = apply_to_model(base.model, found, changed, embedding_bits=bits)
-    for name, smoothquant in ((MINMAX_INT, False), (SMOOTHQUANT, True)):
-      candidates[name] = integer_model(
-        base.model, tokens, bits, embedding_bits=bits, smoothquant=smoothquant
-      )
     tasks = list(config.tasks)
     rows = []
-    for name, model in candidates.items():
-      shares = zero_shot_accuracies(model, base.tokenizer, tasks, normalized=True)
-      scores = [100 * share for share in shares]
+    for name in ("full precision", FPQ, MINMAX_FP, BASELINE, MINMAX_INT, SMOOTHQUANT):
+
+      def accuracies(name=name):
+        model = base.model
+        if name != "full precision":
+          model, _ = quantize(config, model, tokens, name, bits)
+        return zero_shot_accuracies(model, base.tokenizer, tasks, normalized=True)
+
+      scores = [100 * share for share in measurements.get(f"zero-shot, {name}", accuracies)]
       rows.append([name, *scores, float(np.mean(scores)), PAPER_LLAMA_7B[name]])
     columns = [Column(name, ".1f") for name in (*tasks, "average", "paper, LLaMA-7B")]
     report.tables.append(

@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from common.data.images import centre_crop, load_preprocessing
 from common.errors import UserError
 from common.evaluation.image_classification import Images, accuracy, open_classifier
 from common.models.vit import VisionTransformer, VisionTransformerConfig
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Report, Table
 from common.training.optimizer import make_optimizer
 from projects.llm_fp4.methods import (
@@ -49,6 +49,7 @@ PAPER = {
   (FPQ, 4): (75.0, 79.4, 73.2),
 }
 PAPER_MODELS = ("DeiT-S", "DeiT-B", "ViT-S")
+METHODS = (MINMAX_INT, *FLOAT_METHODS)
 
 # FPQ on digits with one of the options for vision transformers changed.
 DIGITS_ABLATIONS = {
@@ -57,20 +58,13 @@ DIGITS_ABLATIONS = {
 }
 
 
-def compare_on_digits(config: ConfigDict, report: Report) -> None:
+def compare_on_digits(config: ConfigDict, measurements: Measurements, report: Report) -> None:
   """Adds the table and claims of small models trained here, one per seed."""
   bits, top1, changed = config.bits, {}, {}
   for seed in config.seeds:
-    images, labels, test_images, test_labels = digits(seed)
-    model = train(config, images, labels, seed)
-    calibration = images[:CALIBRATION_IMAGES], labels[:CALIBRATION_IMAGES]
-    score = functools.partial(digits_top1, images=test_images, labels=test_labels)
-    top1.setdefault(FULL_PRECISION, []).append(score(model))
-    for name, candidate in quantized_models(config, model, *calibration, bits):
-      top1.setdefault(name, []).append(score(candidate))
-    for name, changes in DIGITS_ABLATIONS.items() if config.ablations else ():
-      candidate = quantized_model(config, model, *calibration, bits, changes)
-      changed.setdefault(name, []).append(score(candidate))
+    top1_of_seed = functools.partial(top1_on_digits, config, seed)
+    for name, value in measurements.get(f"digits, seed {seed}", top1_of_seed).items():
+      (changed if name in DIGITS_ABLATIONS else top1).setdefault(name, []).append(value)
   report.tables.append(
     Table(
       f"Vision transformers on digits, W{bits}A{bits}",
@@ -78,7 +72,7 @@ def compare_on_digits(config: ConfigDict, report: Report) -> None:
       [[name, *mean_and_spread(values)] for name, values in top1.items()],
       note=(
         f"{len(config.seeds)} models of two blocks, {config.vision_epochs} epochs; "
-        f"{CALIBRATION_IMAGES} calibration images, {len(test_labels)} test images. "
+        f"{CALIBRATION_IMAGES} calibration images, {len(digits(0)[-1])} test images. "
         f"{kept_in_full_precision(config)}"
       ),
     )
@@ -94,7 +88,25 @@ def compare_on_digits(config: ConfigDict, report: Report) -> None:
   report.claims.extend(claims(top1, f"ViT on digits, W{bits}A{bits}"))
 
 
-def compare_on_images(config: ConfigDict, report: Report) -> None:
+def top1_on_digits(config: ConfigDict, seed: int) -> dict[str, float]:
+  """{method, or what is changed of FPQ: top-1 in percent} of a model that is trained here."""
+  images, labels, test_images, test_labels = digits(seed)
+  model = train(config, images, labels, seed)
+  quantized = functools.partial(
+    quantize, config, model, images[:CALIBRATION_IMAGES], labels[:CALIBRATION_IMAGES], config.bits
+  )
+  score = functools.partial(digits_top1, images=test_images, labels=test_labels)
+  return (
+    {FULL_PRECISION: score(model)}
+    | {method: score(quantized(method)) for method in METHODS}
+    | {
+      name: score(quantized(FPQ, **changes))
+      for name, changes in (DIGITS_ABLATIONS.items() if config.ablations else ())
+    }
+  )
+
+
+def compare_on_images(config: ConfigDict, measurements: Measurements, report: Report) -> None:
   """Adds the table and claims of a checkpoint's top-1 on the images of its classes.
 
   Raises:
@@ -109,16 +121,27 @@ def compare_on_images(config: ConfigDict, report: Report) -> None:
   score = lambda model: (
     100 * accuracy(model, test_images, batch_size=BATCH_SIZE, limit=config.eval_images, **inputs)
   )
-  top1 = {None: {FULL_PRECISION: [score(model)]}}
+
+  @functools.lru_cache(maxsize=1)
+  def calibration(seed: int) -> tuple[Array, Array]:
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(train_images), config.calibration_samples, replace=False)
+    samples = [centre_crop(train_images[int(row)], **inputs) for row in chosen]
+    images, labels = (jnp.stack([s[name] for s in samples]) for name in ("images", "labels"))
+    return images, labels
+
+  full = measurements.get("images, full precision", lambda: score(model))
+  top1 = {None: {FULL_PRECISION: [full]}}
   for bits in dict.fromkeys((config.bits, *config.other_bits)):
-    top1[bits] = {}
+    top1[bits] = {method: [] for method in METHODS}
     for seed in config.seeds if bits == config.bits else config.seeds[:1]:
-      rng = np.random.default_rng(seed)
-      chosen = rng.choice(len(train_images), config.calibration_samples, replace=False)
-      samples = [centre_crop(train_images[int(row)], **inputs) for row in chosen]
-      calibration = (jnp.stack([s[name] for s in samples]) for name in ("images", "labels"))
-      for name, candidate in quantized_models(config, model, *calibration, bits):
-        top1[bits].setdefault(name, []).append(score(candidate))
+      for method, values in top1[bits].items():
+
+        def measure(bits=bits, seed=seed, method=method):
+          return score(quantize(config, model, *calibration(seed), bits, method))
+
+        name = f"images, {bits} bits, {method}, seed {seed}"
+        values.append(measurements.get(name, measure))
   count = min(config.eval_images or len(test_images), len(test_images))
   missing = (None,) * len(PAPER_MODELS)
   report.tables.append(
@@ -178,26 +201,30 @@ def load_together(config: ConfigDict) -> tuple[Checkpoint, Images, Images]:
   return checkpoint, train, val
 
 
-def quantized_models(
-  config: ConfigDict, model: VisionTransformer, images: Array, labels: Array, bits: int
-) -> Iterator[tuple[str, VisionTransformer]]:
-  """Every method at W{bits}A{bits}: its name, and the model quantized by calibration images."""
-  products = {"attention_products": config.attention_products}
-  yield MINMAX_INT, integer_model(model, images, bits, embedding_bits=None, **products)
-  for name, changes in FLOAT_METHODS.items():
-    yield name, quantized_model(config, model, images, labels, bits, changes)
-
-
-def quantized_model(
+def quantize(
   config: ConfigDict,
   model: VisionTransformer,
   images: Array,
   labels: Array,
   bits: int,
-  changes: dict[str, object],
+  method: str,
+  **changes: object,
 ) -> VisionTransformer:
-  """FPQ with other settings."""
-  settings = fpq_settings(config, bits, **classifier_settings(config) | changes)
+  """The model at W{bits}A{bits} by a method of `METHODS`, by calibration images.
+
+  Args:
+    config: the run's.
+    model: in full precision.
+    images, labels: for calibration.
+    bits: of weights and activations.
+    method: its name.
+    **changes: of FPQ's settings.
+  """
+  if method == MINMAX_INT:
+    products = config.attention_products
+    return integer_model(model, images, bits, embedding_bits=None, attention_products=products)
+  options = classifier_settings(config) | FLOAT_METHODS[method] | changes
+  settings = fpq_settings(config, bits, **options)
   return fpq(model, images, settings, embedding_bits=None, labels=labels)
 
 

@@ -5,9 +5,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from common.errors import UserError
 from common.paths import data_dir
+from common.reporting.measurements import Measurements
 from projects.llm_fp4 import config as llm_fp4_config
 from projects.llm_fp4 import encoder_experiment
 from tests.common.models.small_classifier import write_classifier
@@ -25,13 +27,9 @@ def test_retrieval_and_domains_of_a_sentence_encoder(tmp_path):
   config.update({"queries": 4, "documents": 20, "encoder_samples": 4, "encoder_length": 8})
   config.encoder_bits = (8,)
   report = SimpleNamespace(tables=[], claims=[])
-
-  def same(config, model, tokens, **ids):
-    for method in (encoder_experiment.MINMAX_INT, *encoder_experiment.FLOAT_METHODS):
-      yield method, 8, model
-
-  with mock.patch.object(encoder_experiment, "quantized_models", same):
-    encoder_experiment.compare_on_encoder(config, report)
+  same = lambda config, model, method, bits, tokens, **ids: nnx.clone(model)
+  with mock.patch.object(encoder_experiment, "quantize", same):
+    encoder_experiment.compare_on_encoder(config, Measurements(tmp_path, config), report)
   (table,) = report.tables
   full, *others = (row[2:] for row in table.rows)
   assert len(others) == 4 and all(row == pytest.approx(full) for row in others)
@@ -62,9 +60,10 @@ def test_what_has_labels_is_searched_by_its_loss(tmp_path, labelled):
     mock.patch.object(encoder_experiment, "integer_model", integer),
   ):
     if labelled:
-      encoder_experiment.compare_on_encoder(config, SimpleNamespace(tables=[], claims=[]))
+      encoder_experiment.compare_on_encoder(config, None, SimpleNamespace(tables=[], claims=[]))
     else:
-      list(encoder_experiment.quantized_models(config, None, tokens, segment_ids=tokens))
+      for method in encoder_experiment.METHODS:
+        encoder_experiment.quantize(config, None, method, 4, tokens, segment_ids=tokens)
   (_, options), *searched = seen
   assert options["attention_products"] and "labels" not in options
   assert [settings.metric for settings, _ in searched] == [

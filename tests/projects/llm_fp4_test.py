@@ -20,7 +20,14 @@ from common.models.vit import VisionTransformer
 from common.quantization import float_format
 from common.quantization.calibration import quantize_model
 from common.quantization.float_format import FloatFormat
-from projects.llm_fp4 import config, experiment, llm_fp4, models, search_result
+from projects.llm_fp4 import (
+  config,
+  experiment,
+  language_experiment,
+  llm_fp4,
+  models,
+  search_result,
+)
 from projects.llm_fp4.compile_steps import compile_steps
 from projects.llm_fp4.layers import FPQLinear, fold
 from projects.llm_fp4.llm_fp4 import FPQSettings
@@ -475,13 +482,16 @@ def test_metrics():
     np.testing.assert_allclose(found[name], values, rtol=1e-2, atol=1e-6)
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(config.get_config("tiny"), tmp_path)
   assert (tmp_path / "methods.png").stat().st_size > 0
   assert (tmp_path / "search.safetensors").exists()
   rows = {row[0]: row for row in report.tables[0].rows}
   assert rows["FPQ"][1] == "4/4/4" and all(np.isfinite(row[2]) for row in rows.values())
   assert len(report.claims) == 5
+  # After a kill the same command measures nothing again.
+  monkeypatch.setattr(language_experiment, "window_losses", None)
+  assert experiment.run(config.get_config("tiny"), tmp_path) == report
 
 
 def test_steps_to_compile_are_abstract():

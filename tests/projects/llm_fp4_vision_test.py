@@ -69,15 +69,16 @@ def preset(data):
 
 def test_the_run_on_a_checkpoint_and_a_folder(data, tmp_path, monkeypatch):
   seen = []
-  quantized_models = vision_experiment.quantized_models
+  quantize = vision_experiment.quantize
 
-  def recorded(config, model, images, labels, bits):
-    seen.append(images)
+  def recorded(config, model, images, labels, bits, method):
+    if method == "FPQ":
+      seen.append(images)
     # An image's class is its folder, and each class has one image.
     assert len(set(labels.tolist())) == len(images) == 4
-    return quantized_models(config, model, images, labels, bits)
+    return quantize(config, model, images, labels, bits, method)
 
-  monkeypatch.setattr(vision_experiment, "quantized_models", recorded)
+  monkeypatch.setattr(vision_experiment, "quantize", recorded)
   options = preset(data)
   options.eval_images = 5
   report = experiment.run(options, tmp_path)
@@ -95,13 +96,14 @@ def test_the_run_on_a_checkpoint_and_a_folder(data, tmp_path, monkeypatch):
   assert [calibration.shape for calibration in seen] == [(4, 8, 8, 3)] * 2
   assert len(np.unique(seen[0], axis=0)) == 4 and not np.array_equal(*seen)
   assert np.abs(seen[0]).max() <= 1
+  # After a kill the same command measures nothing again.
+  monkeypatch.setattr(vision_experiment, "quantize", None)
+  monkeypatch.setattr(vision_experiment, "accuracy", None)
+  assert experiment.run(options, tmp_path) == report
 
 
 def test_other_bits_are_measured_on_the_first_seed(data, tmp_path, monkeypatch):
-  same = lambda config, model, images, labels, bits: [
-    (name, model) for name in ("MinMax INT", "MinMax FP", "FPQ baseline", "FPQ")
-  ]
-  monkeypatch.setattr(vision_experiment, "quantized_models", same)
+  monkeypatch.setattr(vision_experiment, "quantize", lambda config, model, *_: model)
   options = preset(data)
   options.other_bits = (6, 4)
   report = experiment.run(options, tmp_path)
