@@ -37,6 +37,11 @@ class WindowLosses:
       return float(np.exp(self.nll.sum() / (self.nll.size * self.tokens)))
 
   @property
+  def nats_per_token(self) -> float:
+    """Mean negative log-likelihood of a token: the logarithm of the perplexity."""
+    return float(self.nll.mean() / self.tokens)
+
+  @property
   def bits_per_byte(self) -> float:
     """Bits per byte of text: comparable across tokenizers."""
     if self.num_bytes is None:

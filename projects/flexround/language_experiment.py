@@ -138,7 +138,7 @@ def compare_on_language_model(
       results[setting, method] = found
       perplexities = [r.losses.perplexity for r in found]
       spread = float(np.std(perplexities, ddof=1)) if len(seeds) > 1 else None
-      excess = np.mean([nats(r.losses) - nats(full.losses) for r in found])
+      excess = np.mean([r.losses.nats_per_token - full.losses.nats_per_token for r in found])
       last = found[-1]
       row = [method, setting, np.mean(perplexities), spread, excess, last.choice_accuracy]
       rows.append(row)
@@ -235,14 +235,9 @@ def w8a8_protocol(config: ConfigDict) -> Protocol:
   )
 
 
-def nats(losses: WindowLosses) -> float:
-  """Mean negative log-likelihood per token."""
-  return float(losses.nll.mean() / losses.tokens)
-
-
 def claims(config: ConfigDict, setting: str, results) -> list[Claim]:
   """RTN > AdaRound >= FlexRound in loss."""
-  of = lambda method: [nats(result.losses) for result in results[setting, method]]
+  of = lambda method: [result.losses.nats_per_token for result in results[setting, method]]
   where = f"{config.model}, {setting}, nats per token"
   pairs = (("AdaRound", "RTN"), ("FlexRound", "AdaRound"), ("FlexRound", "AdaQuant"))
   return [

@@ -62,11 +62,6 @@ class Result(NamedTuple):
   layer_error: float | None
   seconds: float
 
-  @property
-  def nll(self) -> float:
-    """Nats per token."""
-    return float(self.losses.nll.mean() / self.losses.tokens)
-
 
 def compare_on_language_model(
   config: ConfigDict, workdir: pathlib.Path, measurements: Measurements, report: Report
@@ -198,7 +193,8 @@ def compare_methods(
 
         of_method = functools.partial(measure, quantized, windows)
         result = measurements.get(f"{variant}, {bits} bits, {name}, seed {seed}", of_method)
-        results.setdefault(name, []).append((result, result.nll - full[seed].nll))
+        above = result.losses.nats_per_token - full[seed].losses.nats_per_token
+        results.setdefault(name, []).append((result, above))
     for name, of_seeds in results.items():
       found, above = zip(*of_seeds)
       error = found[0].layer_error
@@ -280,14 +276,14 @@ def ablate(
     draw(config, base, config.few_samples, seed),
     {},
   )
-  full = measure(lambda: (model, None), windows).nll
+  full = measure(lambda: (model, None), windows).losses.nats_per_token
   rows, found = [], {}
   for name, (calibration, changes) in runs.items():
     settings = fpq_settings(config, bits, **changes)
     changed = functools.partial(quantize_by_search, model, calibration, settings, bits)
     of_change = functools.partial(measure, changed, windows)
     result = measurements.get(f"one thing changed, {name}", of_change)
-    found[name] = result.nll - full
+    found[name] = result.losses.nats_per_token - full
     rows.append([name, result.losses.perplexity, found[name], result.layer_error])
   report.tables.append(
     Table(

@@ -27,6 +27,7 @@ def test_losses_against_float64(model):
   np.testing.assert_allclose(losses.nll, -picked.sum(1), rtol=1e-5)
   assert losses.nll.shape == (7,) and losses.tokens == 11
   assert losses.perplexity == pytest.approx(math.exp(-picked.mean()), rel=1e-5)
+  assert losses.nats_per_token == pytest.approx(-picked.mean(), rel=1e-5)
 
 
 def test_batches_do_not_mix(model):
