@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from common.models.vit import VisionTransformer
+from common.reporting.measurements import Measurements
 from projects.ofq import digits
 from projects.ofq.methods import CGA, DAMPENING, FREEZING, METHODS, training_settings
 from projects.ofq.ofq import QATSettings, calibrate, quantize
@@ -32,7 +33,7 @@ class Run(NamedTuple):
     sizes: {path: number of weights}.
     histogram: see `threshold_histogram`.
     near_threshold: share of weights within 0.005 of a threshold.
-    model: after the last epoch.
+    params: nested dict, of the quantized model after the last epoch.
   """
 
   accuracy: np.ndarray
@@ -41,7 +42,7 @@ class Run(NamedTuple):
   sizes: dict[str, int]
   histogram: np.ndarray
   near_threshold: float
-  model: VisionTransformer
+  params: dict
 
   def oscillating_share(self, of: tuple[str, ...] = ("",)) -> np.ndarray:
     """Share of the weights that oscillate, over the layers whose path ends so, [epochs]."""
@@ -75,7 +76,25 @@ def pretrain(config: ConfigDict) -> Teacher:
   return Teacher(data, model, accuracy)
 
 
-def train_all(config: ConfigDict, teacher: Teacher, work) -> dict[tuple, dict[str, Run]]:
+def trained_model(
+  config: ConfigDict, teacher: Teacher, settings: QATSettings, run: Run
+) -> VisionTransformer:
+  """The model that a run ended with; `settings` are its quantizers'."""
+  graphdef, params = nnx.split(start_model(config, teacher, settings))
+  nnx.replace_by_pure_dict(params, run.params)
+  return nnx.merge(graphdef, params)
+
+
+def start_model(config: ConfigDict, teacher: Teacher, settings: QATSettings) -> VisionTransformer:
+  """The teacher with quantizers, calibrated on a batch of images."""
+  model = quantize(teacher.model, settings)
+  calibrate(model, teacher.data.shifted[4, : config.batch_size])
+  return model
+
+
+def train_all(
+  config: ConfigDict, teacher: Teacher, work, measurements: Measurements
+) -> dict[tuple, dict[str, Run]]:
   """{(methods, bits, seed): what `train_methods` gives} of the jobs, in their order.
 
   Steps this small, and the compiler, leave a core idle: two threads. The jobs of one program go to
@@ -86,7 +105,7 @@ def train_all(config: ConfigDict, teacher: Teacher, work) -> dict[tuple, dict[st
     programs.setdefault((bits, *METHODS[methods[0]].items()), []).append((methods, bits, seed))
   # The longest first: the threads end at about the same time.
   longest_first = sorted(programs.values(), key=len, reverse=True)
-  train = functools.partial(train_program, config, teacher)
+  train = functools.partial(train_program, config, teacher, measurements)
   with concurrent.futures.ThreadPoolExecutor(2) as threads:
     done = threads.map(train, longest_first)
     done = track(done, "training", len(programs), console=Console(stderr=True))
@@ -94,25 +113,32 @@ def train_all(config: ConfigDict, teacher: Teacher, work) -> dict[tuple, dict[st
   return {job: found[job] for job in work}
 
 
-def train_program(config: ConfigDict, teacher: Teacher, jobs) -> dict[tuple, dict[str, Run]]:
+def train_program(
+  config: ConfigDict, teacher: Teacher, measurements: Measurements, jobs
+) -> dict[tuple, dict[str, Run]]:
   """As `train_all`, for jobs (methods, bits, seed) that quantize the same way."""
   methods, bits, _ = jobs[0]
   settings = QATSettings(weight_bits=bits, activation_bits=bits, **METHODS[methods[0]])
-  model = quantize(teacher.model, settings)
-  calibrate(model, teacher.data.shifted[4, : config.batch_size])
+  start = functools.cache(lambda: start_model(config, teacher, settings))
   dampens = any(DAMPENING in methods for methods, _, _ in jobs)
-  strength = lambda methods: jnp.float32(config.dampening if DAMPENING in methods else 0.0)
-  return {
-    job: train_methods(
+
+  def train(methods: tuple[str, ...], seed: int) -> dict[str, Run]:
+    strength = jnp.float32(config.dampening if DAMPENING in methods else 0.0)
+    return train_methods(
       config,
       teacher,
-      model,
-      methods=job[0],
-      dampening=strength(job[0]) if dampens else None,
-      seed=job[2],
+      start(),
+      methods=methods,
+      dampening=strength if dampens else None,
+      seed=seed,
     )
-    for job in jobs
-  }
+
+  found = {}
+  for job in jobs:
+    methods, _, seed = job
+    name = f"{', '.join(methods)}, {bits} bits, seed {seed}"
+    found[job] = measurements.get(name, functools.partial(train, methods, seed))
+  return found
 
 
 def train_methods(
@@ -171,7 +197,7 @@ def train_methods(
     stacked = jax.tree.map(lambda *x: np.asarray(x), *jax.device_get(before + after))
     runs[method] = Run(
       np.array(jax.device_get(accuracy)), stacked.oscillating, stacked.scales, sizes, np.asarray(histogram),
-      float(near), nnx.merge(graphdef, state.params),
+      float(near), nnx.to_pure_dict(state.params),
     )  # fmt: skip
   return runs
 

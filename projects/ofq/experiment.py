@@ -15,9 +15,17 @@ from common.evaluation.calibration import mean_interval
 from common.evaluation.image_classification import accuracy
 from common.quantization import straight_through as ste
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.ofq import digits, imagenet
-from projects.ofq.digits_runs import HISTOGRAM_BINS, Run, Teacher, pretrain, train_all
+from projects.ofq.digits_runs import (
+  HISTOGRAM_BINS,
+  Run,
+  Teacher,
+  pretrain,
+  train_all,
+  trained_model,
+)
 from projects.ofq.integer_model import exportable, load_integer, save_integer, to_integer
 from projects.ofq.methods import BASELINES, CGA, LSQ, MAIN, METHODS, QKR, STATSQ
 from projects.ofq.ofq import QATSettings
@@ -91,30 +99,32 @@ def run_digits(config: ConfigDict, workdir: pathlib.Path) -> Report:
     groups = [tuple(m for m in methods if m in (QKR, CGA))] if {QKR, CGA} & set(methods) else []
     groups += [(m,) for m in methods if m not in (QKR, CGA)]
     work += [(group, bits, seed) for group in groups for seed in seeds]
-  for job, of_job in train_all(config, teacher, work).items():
+  measurements = Measurements(workdir, config, (Run,))
+  for job, of_job in train_all(config, teacher, work, measurements).items():
     for method, run in of_job.items():
       runs.setdefault((method, job[1]), []).append(run)
   toys = toy_regression(config)
   report = Report(tables=tables(config, teacher, runs), figures=[], claims=[])
-  report.tables.append(export(config, teacher.data, runs, workdir))
+  report.tables.append(export(config, teacher, runs, workdir))
   figures(config, runs, workdir, report)
   report.claims.extend(claims(config, teacher, runs, toys))
   return report
 
 
-def export(config: ConfigDict, data: digits.Digits, runs, workdir: pathlib.Path) -> Table:
+def export(config: ConfigDict, teacher: Teacher, runs, workdir: pathlib.Path) -> Table:
   """The last method's models of the first seed with integer products: saved, and measured."""
-
+  data = teacher.data
   recognised = lambda model: digits.evaluate(*nnx.split(model), data)[0]
   rows = []
   for (method, bits), of_seeds in runs.items():
     settings = QATSettings(weight_bits=bits, activation_bits=bits, **METHODS[method])
     if method != config.methods[-1] or not exportable(settings.weight_quantizer, bits):
       continue
-    integer = nnx.jit(to_integer)(of_seeds[0].model)
+    model = trained_model(config, teacher, settings, of_seeds[0])
+    integer = nnx.jit(to_integer)(model)
     file = workdir / f"{imagenet.slug(method)}-w{bits}a{bits}.safetensors"
     save_integer(file, integer, settings)
-    classes = np.stack([recognised(of_seeds[0].model), recognised(integer)])
+    classes = np.stack([recognised(model), recognised(integer)])
     top1 = 100 * np.mean(classes == np.asarray(data.test_labels), axis=1)
     alike = 100 * np.mean(classes[0] == classes[1])
     rows.append([method, f"W{bits}A{bits}", *top1.tolist(), float(alike), file.name])

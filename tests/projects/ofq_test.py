@@ -13,7 +13,7 @@ from flax import nnx
 from common.errors import UserError
 from common.models.surgery import get_module
 from common.models.vit import VisionTransformer, VisionTransformerConfig
-from projects.ofq import config, experiment, ofq, oscillation, training
+from projects.ofq import config, digits_runs, experiment, ofq, oscillation, training
 from projects.ofq.integer_model import integer_tensors, to_integer
 from projects.ofq.ofq import QATSettings
 
@@ -412,7 +412,7 @@ def test_a_wrong_config_is_refused():
     experiment.run(paper, pathlib.Path("unused"))
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(config.get_config("tiny"), tmp_path)
   accuracy, layers, _ = report.tables
   assert [row[0] for row in accuracy.rows] == [
@@ -425,3 +425,6 @@ def test_tiny_run(tmp_path):
   assert accuracy.rows[1][5] == accuracy.rows[2][5]
   assert all((tmp_path / figure.path).is_file() for figure in report.figures)
   assert len(report.claims) == 5 and "query_key" in [c.name for c in layers.columns]
+  # After a kill the same command trains nothing again.
+  monkeypatch.setattr(digits_runs, "train_methods", None)
+  assert experiment.run(config.get_config("tiny"), tmp_path) == report
