@@ -63,18 +63,30 @@ def open_classifier(
     raise UserError(f"{path} holds no {names} with a classifier; expected one")
   if model.num_channels != 3:
     raise UserError(f"{path} takes {model.num_channels} channels; expected 3, RGB")
-  shift = int(model.labels[0].lower() == BACKGROUND)
-  images = []
-  for split in ("train", "val"):
-    found = load_images(source, split)
-    missing = len(model.labels) - len(found.classes)
-    if missing not in (0, shift):
-      raise UserError(
-        f"{split} of {source} has {len(found.classes)} classes, the classifier of {path} "
-        f"{len(model.labels) - shift}{' beside the background' if shift else ''}: expected the same ones"
-      )
-    images.append(ShiftedLabels(found, missing) if missing else found)
-  return checkpoint, *images
+  return checkpoint, *(images_of(model.labels, source, split, path) for split in ("train", "val"))
+
+
+def images_of(labels: Sequence[str], source: str, split: str, path: str) -> Images:
+  """The images of a classifier's classes; `open_classifier` says which these are.
+
+  Args:
+    labels: of the classifier.
+    source, split: of the images, see `load_images`.
+    path: of the classifier, for errors.
+
+  Raises:
+    UserError: the images are not there, or of another number of classes.
+  """
+  background = int(labels[0].lower() == BACKGROUND)
+  found = load_images(source, split)
+  missing = len(labels) - len(found.classes)
+  if missing not in (0, background):
+    raise UserError(
+      f"{split} of {source} has {len(found.classes)} classes, the classifier of {path} "
+      f"{len(labels) - background}{' beside the background' if background else ''}: expected the "
+      "same ones"
+    )
+  return ShiftedLabels(found, missing) if missing else found
 
 
 def accuracy(

@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from common.data.images import load_images, load_preprocessing
+from common.data.images import load_preprocessing
 from common.errors import UserError
 from common.evaluation.calibration import mean_interval
-from common.evaluation.image_classification import accuracy
+from common.evaluation.image_classification import accuracy, images_of
 from common.quantization import straight_through as ste
 from common.reporting import plots
 from common.reporting.measurements import Measurements
@@ -144,7 +144,7 @@ def evaluate_saved(config: ConfigDict) -> Report:
   """Top-1 of the model in the file `config.integer_model` on the config's data.
 
   Raises:
-    UserError: there is no such model or data, or the model takes other images.
+    UserError: there is no such model or data, or the model takes other images or classes.
   """
   model = load_integer(config.integer_model)
   size = model.config.image_size
@@ -156,7 +156,7 @@ def evaluate_saved(config: ConfigDict) -> Report:
     data = digits.load(0)
     count, top1 = len(data.test_labels), float(digits.evaluate(*nnx.split(model), data)[1])
   else:
-    images = load_images(config.data, "val")
+    images = images_of(model.config.labels, config.data, "val", config.integer_model)
     count = len(images)
     # The file does not say how its model's pixels are prepared: the checkpoint that it came from does.
     preprocessing = load_preprocessing(config.model)

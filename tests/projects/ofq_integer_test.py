@@ -14,7 +14,7 @@ from flax import nnx
 from common.checkpoints.shards import save_tensors
 from common.errors import UserError
 from common.models.vit import VisionTransformer
-from projects.ofq import config, digits, experiment, ofq
+from projects.ofq import config, digits, digits_runs, experiment, ofq
 from projects.ofq.integer_model import (
   IntegerLinear,
   exportable,
@@ -76,7 +76,10 @@ def test_what_is_no_integer_model_is_refused(file, tmp_path):
     load_integer(other)
 
 
-def test_a_saved_model_needs_images_that_it_takes(monkeypatch):
+def test_a_saved_model_needs_images_that_it_takes(monkeypatch, tmp_path):
+  for label in "ab":
+    (tmp_path / "val" / label).mkdir(parents=True)
+    (tmp_path / "val" / label / "0.png").touch()
   wrong = config.get_config("tiny")
   wrong.integer_model = "some.safetensors"
   other = types.SimpleNamespace(config=dataclasses.replace(VIT, image_size=(8, 4)))
@@ -85,6 +88,7 @@ def test_a_saved_model_needs_images_that_it_takes(monkeypatch):
     ("digits", r"takes images \(8, 4, 1\), digits has \(8, 8, 1\)"),
     ("folder:/nowhere", r"takes images \(8, 4, 1\), .* has \(8, 4, 3\)"),
     ("mnist", "unknown data 'mnist'"),
+    (f"folder:{tmp_path}", "val of folder:.* has 2 classes, the classifier of some.* 3"),
   ):
     wrong.data = data
     if data == "mnist":
@@ -96,12 +100,12 @@ def test_a_saved_model_needs_images_that_it_takes(monkeypatch):
 def test_training_saves_the_last_methods_model(tmp_path):
   """The export of a run, and `--config.integer_model` on its file, give one accuracy."""
   tiny = config.get_config("tiny")
-  model = ofq.quantize(VisionTransformer(digits.vit_config(8, 1, 2, 4), rngs=nnx.Rngs(1)), SETTINGS)
-  data = digits.load(0)
-  ofq.calibrate(model, data.shifted[4, :64])
-  run = experiment.Run(*[None] * 6, model)
+  model = VisionTransformer(digits.vit_config(8, 1, 2, 4), rngs=nnx.Rngs(1))
+  teacher = digits_runs.Teacher(digits.load(0), model, 0.0)
+  params = nnx.to_pure_dict(nnx.state(digits_runs.start_model(tiny, teacher, SETTINGS)))
+  run = experiment.Run(*[None] * 6, params)
   runs = {(experiment.QKR, 3): [run], (experiment.CGA, 3): [run], (experiment.CGA, 8): [run]}
-  table = experiment.export(tiny, data, runs, tmp_path)
+  table = experiment.export(tiny, teacher, runs, tmp_path)
   [(method, bits, trained, integer, alike, name)] = table.rows  # 8-bit StatsQ has no export.
   assert (method, bits, name) == (experiment.CGA, "W3A3", "statsq-qkr-cga-w3a3.safetensors")
   # Sums in another order: an activation on a tie may round the other way, in an image or two.
