@@ -61,12 +61,11 @@ class Measurements:
     Arrays are NumPy's in both cases.
 
     Raises:
-      ValueError: the name was used before.
       TypeError: the measurement holds something of another type.
-      UserError: the file of the measurement is damaged.
+      UserError: the name was used before, or the file of the measurement is damaged.
     """
     if name in self._names:
-      raise ValueError(f"two measurements are named {name!r}")
+      raise UserError(f"two measurements are named {name!r}; does the config list something twice?")
     self._names.add(name)
     if self._folder is None:
       return self._from_plain(serialization.msgpack_restore(self._to_bytes(measure())))

@@ -3,6 +3,7 @@
 import collections
 import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from common.models.decoder import Decoder
 from common.quantization.linear import bits_per_weight
 from common.quantization.quantized_array import IntegerFormat
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.adadim.adadim import PER_IC, PER_OC, check_sizes, module_order, quantize
 from projects.adadim.methods import (
+  Quantized,
   awq_dequantized,
   calibration,
   load_evaluation,
@@ -31,7 +34,7 @@ from projects.adadim.methods import (
   quantize_dequantized,
   variant,
 )
-from projects.adadim.sensitivity import block_sensitivity, top_share
+from projects.adadim.sensitivity import ChannelSensitivity, block_sensitivity, top_share
 from projects.adadim.tasks import check_tasks, task_score
 
 # Linears whose inputs a variant gives outliers.
@@ -58,14 +61,17 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   windows = load_evaluation(config, base)
   draws = {seed: calibration(config, base, config.calibration, seed) for seed in config.seeds}
   report = Report(tables=[], figures=[], claims=[])
-  setting = (config, base, windows, draws, workdir, report)
-  parts = [functools.partial(compare_methods, name, *setting) for name in config.variants]
+  measurements = Measurements(workdir, config, (WindowLosses, Quantized, ChannelSensitivity))
+  setting = (config, base, windows, draws, measurements, report)
+  parts = [functools.partial(compare_methods, name, workdir, *setting) for name in config.variants]
   if config.task_domains:
     parts.append(functools.partial(task_calibration, *setting))
   if config.sweep_bits:
     parts.append(functools.partial(sweep, *setting))
   if config.sensitivity_samples:
-    parts += [functools.partial(sensitivity_maps, name, *setting) for name in config.variants]
+    parts += [
+      functools.partial(sensitivity_maps, name, workdir, *setting) for name in config.variants
+    ]
   parts.append(functools.partial(packed_model, *setting))
   for part in track(parts, "AdaDim", console=Console(stderr=True)):
     part()
@@ -85,23 +91,46 @@ def check_config(config: ConfigDict, model: Decoder) -> None:
     )
 
 
+def score(
+  quantize: Callable[[Decoder, jax.Array], Quantized],
+  model_of: Callable[[], Decoder],
+  tokens: jax.Array,
+  windows: dict[str, np.ndarray],
+  domains,
+) -> tuple[WindowLosses, Quantized]:
+  """The losses of a quantized model, and what else is known of it, without the model itself.
+
+  Args:
+    quantize: (model, calibration tokens) -> quantized.
+    model_of: makes the model in full precision, or finds it made.
+    tokens: of the calibration, int32 [samples, seq].
+    windows, domains: what the losses are of.
+  """
+  result = quantize(model_of(), tokens)
+  return losses(result.model, windows, domains), result._replace(model=None)
+
+
 def compare_methods(
-  name: str, config, base: BaseModel, windows, draws, workdir, report: Report
+  name: str, workdir, config, base: BaseModel, windows, draws, measurements, report: Report
 ) -> None:
   """The main table of one variant, the axis that each linear chose, and claims 1 to 3."""
   results, quantized = collections.defaultdict(list), collections.defaultdict(list)
-  full = losses(base.model, windows, config.domains)
-
-  def record(method, result):
-    results[method].append(losses(result.model, windows, config.domains))
-    quantized[method].append(result._replace(model=None))
-
+  full = measurements.get(
+    f"{name}, full precision", lambda: losses(base.model, windows, config.domains)
+  )
+  compared = {
+    method: functools.partial(quantize_dequantized, settings=settings)
+    for method, settings in methods(config, config.bits, config.group_size).items()
+  }
+  format = IntegerFormat(config.bits, config.group_size, scale_dtype=jnp.float16)
+  compared["AWQ"] = functools.partial(awq_dequantized, format=format)
   for seed, tokens in draws.items():
-    model = variant(config, name, base.model, seed)
-    for method, settings in methods(config, config.bits, config.group_size).items():
-      record(method, quantize_dequantized(model, tokens, settings))
-    format = IntegerFormat(config.bits, config.group_size, scale_dtype=jnp.float16)
-    record("AWQ", awq_dequantized(model, tokens, format))
+    model_of = functools.cache(functools.partial(variant, config, name, base.model, seed))
+    for method, of_method in compared.items():
+      unit = functools.partial(score, of_method, model_of, tokens, windows, config.domains)
+      loss, result = measurements.get(f"{name}, {method}, seed {seed}", unit)
+      results[method].append(loss)
+      quantized[method].append(result)
   rows = [["full precision", full.perplexity, None, None, None, None, 32.0, None]]
   for method, values in results.items():
     perplexities = [loss.perplexity for loss in values]
@@ -148,7 +177,7 @@ def label(name: str) -> str:
 
 def mean_nll(values: list[WindowLosses]) -> np.ndarray:
   """Nats per token of each seed."""
-  return np.array([loss.nll.mean() / loss.tokens for loss in values])
+  return np.array([loss.nats_per_token for loss in values])
 
 
 def loss_claims(where: str, results) -> list[Claim]:
@@ -235,7 +264,7 @@ def decision_report(name: str, errors, config, workdir, report: Report) -> None:
 
 
 def plot_losses(name: str, config, full, results, workdir, report: Report) -> None:
-  excess = {m: mean_nll(values) - full.nll.mean() / full.tokens for m, values in results.items()}
+  excess = {m: mean_nll(values) - full.nats_per_token for m, values in results.items()}
   file = f"methods_{name}.png"
   plots.bar_plot(
     workdir / file,
@@ -254,19 +283,28 @@ def plot_losses(name: str, config, full, results, workdir, report: Report) -> No
   )
 
 
-def task_calibration(config, base: BaseModel, windows, draws, workdir, report: Report) -> None:
+def task_calibration(
+  config, base: BaseModel, windows, draws, measurements: Measurements, report: Report
+) -> None:
   """The choice calibrated on the task's own text against general text (claim 4)."""
-  del workdir
   settings = methods(config, config.bits, config.group_size)["RTN-ada"]
 
-  def evaluated(tokens):
-    model = quantize_dequantized(base.model, tokens, settings).model
+  def evaluate(tokens_of, seed) -> dict[str, WindowLosses]:
+    model = quantize_dequantized(base.model, tokens_of(seed), settings).model
     return {d: losses(model, windows, [d]) for d in config.task_domains}
 
-  general = [evaluated(tokens) for tokens in draws.values()]
+  def of_draws(source: str, tokens_of) -> list[dict[str, WindowLosses]]:
+    return [
+      measurements.get(
+        f"calibrated on {source}, seed {seed}", functools.partial(evaluate, tokens_of, seed)
+      )
+      for seed in draws
+    ]
+
+  general = of_draws("general text", draws.__getitem__)
   rows = [["general", *table_row(general, config)]]
   for domain in config.task_domains:
-    own = [evaluated(calibration(config, base, domain, seed)) for seed in draws]
+    own = of_draws(domain, functools.partial(calibration, config, base, domain))
     rows.append([domain, *table_row(own, config)])
     report.claims.append(
       Claim.less(
@@ -292,13 +330,16 @@ def table_row(results, config) -> list[float]:
   return [float(mean_nll([r[d] for r in results]).mean()) for d in config.task_domains]
 
 
-def sweep(config, base: BaseModel, windows, draws, workdir, report: Report) -> None:
+def sweep(
+  config, base: BaseModel, windows, draws, measurements: Measurements, report: Report
+) -> None:
   """Bits and group sizes on the first seed of the first variant with outliers (or the natural)."""
-  del workdir
   name = next((v for v in config.variants if v in OUTLIER_INPUTS), config.variants[0])
   seed, tokens = next(iter(draws.items()))
-  model = variant(config, name, base.model, seed)
-  full = losses(model, windows, config.domains)
+  model_of = functools.cache(functools.partial(variant, config, name, base.model, seed))
+  full = measurements.get(
+    "sweep, full precision", lambda: losses(model_of(), windows, config.domains)
+  )
   shown = ("RTN-OC", "RTN-IC", "RTN-ada", "GPTQ-OC static reorder", "GPTQ-ada")
   rows = []
   for bits in config.sweep_bits:
@@ -306,9 +347,11 @@ def sweep(config, base: BaseModel, windows, draws, workdir, report: Report) -> N
       row = [f"INT{bits}", group_size]
       for method in shown:
         settings = methods(config, bits, group_size)[method]
-        result = quantize_dequantized(model, tokens, settings)
-        change = paired_difference(losses(result.model, windows, config.domains), full)
-        row.append(change.mean)
+        of_method = functools.partial(quantize_dequantized, settings=settings)
+        unit = functools.partial(score, of_method, model_of, tokens, windows, config.domains)
+        where = f"sweep, INT{bits}, group size {group_size}"
+        loss, result = measurements.get(f"{where}, {method}, seed {seed}", unit)
+        row.append(paired_difference(loss, full).mean)
       rows.append([*row, result.bits_per_weight])
   report.tables.append(
     Table(
@@ -329,15 +372,18 @@ def sweep(config, base: BaseModel, windows, draws, workdir, report: Report) -> N
 
 
 def sensitivity_maps(
-  name: str, config, base: BaseModel, windows, draws, workdir, report: Report
+  name: str, workdir, config, base: BaseModel, windows, draws, measurements, report: Report
 ) -> None:
   """Where sensitivity lies in one block: along inputs or outputs, and with which activations."""
   del windows
   seed, tokens = next(iter(draws.items()))
-  model = variant(config, name, base.model, seed)
   index = config.sensitivity_block
-  maps = block_sensitivity(model, tokens[: config.sensitivity_samples], index)
-  maps = jax.device_get(maps)
+
+  def measure() -> dict[str, ChannelSensitivity]:
+    model = variant(config, name, base.model, seed)
+    return block_sensitivity(model, tokens[: config.sensitivity_samples], index)
+
+  maps = measurements.get(f"{name}, sensitivity of block {index}, seed {seed}", measure)
   rows = []
   for path in module_order(maps):
     s = maps[path]
@@ -388,27 +434,35 @@ def relative(channels: np.ndarray) -> np.ndarray:
   return np.array([part.max() for part in bins])
 
 
-def packed_model(config, base: BaseModel, windows, draws, workdir, report: Report) -> None:
+def packed_model(
+  config, base: BaseModel, windows, draws, measurements: Measurements, report: Report
+) -> None:
   """What a user takes home: the packed model, its size, and its answers."""
-  del workdir
   name = next((v for v in config.variants if v in OUTLIER_INPUTS), config.variants[0])
   seed, tokens = next(iter(draws.items()))
-  model = variant(config, name, base.model, seed)
+  model_of = functools.cache(functools.partial(variant, config, name, base.model, seed))
   joined = np.concatenate([windows[d] for d in config.domains])
   kept = np.linspace(0, len(joined) - 1, min(config.choice_questions, len(joined))).astype(int)
   questions = continuation_questions(joined[kept], choice_length=8, num_choices=4, seed=0)
   settings = methods(config, config.bits, config.group_size)
-  rows = []
-  for method in ("full precision", "RTN-OC", "RTN-ada", "GPTQ-ada"):
+
+  def measure(method: str) -> list[float]:
+    model = model_of()
     full = method == "full precision"
     candidate = model if full else quantize(model, tokens, settings[method])
     bits = bits_per_weight(candidate.blocks)
-    rows.append(
-      [method, bits, num_weights(model) * bits / 8 / 1e6]
-      + [losses(candidate, windows, config.domains).perplexity]
-      + [choice_accuracy(candidate, questions).accuracy]
-      + [task_score(config, task, candidate, base.tokenizer) for task in config.tasks]
-    )
+    return [
+      bits,
+      num_weights(model) * bits / 8 / 1e6,
+      losses(candidate, windows, config.domains).perplexity,
+      choice_accuracy(candidate, questions).accuracy,
+      *(task_score(config, task, candidate, base.tokenizer) for task in config.tasks),
+    ]
+
+  rows = []
+  for method in ("full precision", "RTN-OC", "RTN-ada", "GPTQ-ada"):
+    unit = functools.partial(measure, method)
+    rows.append([method, *measurements.get(f"packed, {method}, seed {seed}", unit)])
   report.tables.append(
     Table(
       f"The packed model, INT{config.bits}, {label(name)}",

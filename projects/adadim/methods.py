@@ -32,14 +32,14 @@ class Quantized(NamedTuple):
 
   Attributes:
     model: its linears hold the dequantized weights, so that models compile alike whatever their
-      axes.
+      axes. None of one that was scored.
     per_ic: share of its linears that are per-IC.
     bits_per_weight: stored bits, scales and zero points included.
     errors: of the adaptive choice, per block {path: [2]}.
     seconds: to quantize it; with compilation where it was the first of its kind.
   """
 
-  model: Decoder
+  model: Decoder | None
   per_ic: float
   bits_per_weight: float
   errors: list[dict[str, np.ndarray]]

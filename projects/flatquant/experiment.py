@@ -3,6 +3,7 @@
 import collections
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,9 +19,10 @@ from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
 from common.models.outliers import inject_outliers
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Report, Table
 from projects.flatquant import methods, saved, views
-from projects.flatquant.flat_block import SITES
+from projects.flatquant.flat_block import SITES, FlatQuantSettings
 from projects.flatquant.flatness import error_landscape
 from projects.flatquant.flatquant import check_block, reparametrize
 from projects.flatquant.methods import PARTS, settings_of
@@ -33,24 +35,24 @@ EXCESS = Column("nats per token above full precision", ".4f", better="lower")
 
 
 class Draw(NamedTuple):
-  """One seed: a full-precision model, calibration text, and its losses on the evaluation windows."""
+  """One seed: a full-precision model, and calibration text."""
 
   seed: int
   model: Decoder
   tokens: Array
-  full: WindowLosses
 
 
 class Result(NamedTuple):
-  """A quantized model of one draw, and how well it does on held-out text.
+  """How well a quantized model of one draw does on held-out text.
 
-  `reference` is the same model in full precision, with its residual stream in the same basis.
+  Of the first seed of a methods' table also the blocks' errors, float32 [layers, seq], and, if the
+  config has tasks, their accuracies.
   """
 
-  model: Decoder
-  reference: Decoder
   losses: WindowLosses
   block_error: float
+  landscape: np.ndarray | None = None
+  accuracies: list[float] | None = None
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
@@ -68,10 +70,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     )
   )
   report = Report(tables=[], figures=[], claims=[])
-  common = (config, base, windows, workdir, report)
+  measurements = Measurements(workdir, config, (WindowLosses, Result))
+  common = (config, base, windows, measurements, report)
   parts = []
   for outliers, settings in ((False, config.natural_settings), (True, config.outlier_settings)):
-    parts += [functools.partial(compare_methods, outliers, name, *common) for name in settings]
+    parts += [
+      functools.partial(compare_methods, outliers, name, workdir, *common) for name in settings
+    ]
   if config.locations:
     parts.append(functools.partial(compare_locations, *common))
   if config.left_sizes:
@@ -84,7 +89,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   return report
 
 
-def make_draw(config, base: BaseModel, windows: np.ndarray, seed: int, outliers: bool) -> Draw:
+def make_draw(config, base: BaseModel, seed: int, outliers: bool) -> Draw:
   """Calibration text and, if asked for, outlier channels of a seed."""
   tokens = calibration_samples(
     ",".join(config.domains),
@@ -101,84 +106,122 @@ def make_draw(config, base: BaseModel, windows: np.ndarray, seed: int, outliers:
       fraction=config.outlier_fraction,
       gain=config.outlier_gain,
     )
-  return Draw(seed, model, jnp.asarray(tokens), window_losses(model, windows))
+  return Draw(seed, model, jnp.asarray(tokens))
 
 
 def evaluate(model: Decoder, reference: Decoder, windows: np.ndarray) -> Result:
-  """Losses of the whole model, and the mean error of its blocks on full-precision inputs."""
+  """Losses of the whole model, and the mean error of its blocks on full-precision inputs.
+
+  Args:
+    model: quantized.
+    reference: the same model in full precision, with its residual stream in the same basis.
+    windows: held-out text, int32 [windows, seq].
+  """
   sample = jnp.asarray(windows[:16])
   error = error_landscape(reference, model, sample, propagate=False).mean()
-  return Result(model, reference, window_losses(model, windows), float(error))
+  return Result(window_losses(model, windows), float(error))
 
 
 def compare_methods(
-  outliers: bool, name: str, config, base, windows, workdir, report: Report
+  outliers: bool,
+  name: str,
+  workdir: pathlib.Path,
+  config,
+  base,
+  windows,
+  measurements: Measurements,
+  report: Report,
 ) -> None:
   """The main table of one setting, with the ablation where the config asks for it."""
-  draws = [make_draw(config, base, windows, seed, outliers) for seed in config.seeds]
+  variant = "outlier" if outliers else "natural"
+  where, file = f"{name}, {variant} model", f"{name}_{variant}"
   settings = settings_of(config, name)
   ablation = config.ablation and outliers and name == config.outlier_settings[0]
   parts = list(PARTS) if ablation else ["FlatQuant", "learned rotation"]
-  results = collections.defaultdict(list)
-  flat_blocks = {}
-  for draw in draws:
-    model, tokens = draw.model, draw.tokens
-    rotated = methods.rotate(model, draw.seed)
+  finishers = {"": "rtn", " + GPTQ": "gptq"} if config.gptq else {"": "rtn"}
+  full, results, flatness = [], collections.defaultdict(list), {}
 
-    def keep(method, quantized, reference=model):
-      results[method].append(evaluate(quantized, reference, windows))
+  def score(model: Decoder, reference: Decoder, first: bool) -> Result:
+    result = evaluate(model, reference, windows)
+    if not first:
+      return result
+    landscape = error_landscape(reference, model, windows[:16], propagate=True)
+    accuracies = None
+    if config.tasks:
+      limit = config.task_limit
+      accuracies = zero_shot_accuracies(model, base.tokenizer, config.tasks, limit=limit)
+    return result._replace(landscape=landscape, accuracies=accuracies)
 
-    keep("RTN", methods.rtn(model, tokens, settings))
-    if config.gptq:
-      keep("GPTQ", methods.gptq(model, tokens, settings))
-    keep("SmoothQuant", methods.smoothquant(model, tokens, settings, config.smoothquant_alphas))
-    finishers = {"": "rtn", " + GPTQ": "gptq"} if config.gptq else {"": "rtn"}
+  def measure_rounding(quantize: Callable[..., Decoder], draw: Draw, first: bool) -> Result:
+    return score(quantize(draw.model, draw.tokens, settings), draw.model, first)
+
+  def measure_quarot(finisher: str, draw: Draw, first: bool) -> Result:
+    rotated = methods.rotate(draw.model, draw.seed)
+    ratios = config.quarot_clip_ratios
+    return score(methods.quarot(rotated, draw.tokens, settings, ratios, finisher), rotated, first)
+
+  def measure_part(part: str, draw: Draw, first: bool) -> tuple[dict[str, Result], dict]:
+    """The results with each finisher; of the first seed's FlatQuant also files and the flatness."""
+    changed = settings_of(config, name, **PARTS[part])
+    # As SpinQuant, and QuaRot: a gain that makes outliers is not the rotation's to undo.
+    start = fold_gains(draw.model) if part == "learned rotation" else draw.model
+    learned = methods.learn_model(config, start, draw.tokens, changed, draw.seed)
+    found = {}
     for suffix, finisher in finishers.items():
-      ratios = config.quarot_clip_ratios
-      keep(f"QuaRot{suffix}", methods.quarot(rotated, tokens, settings, ratios, finisher), rotated)
+      if part == "FlatQuant" or finisher == "rtn":
+        model = methods.finish_model(start, learned, changed, finisher, draw.tokens)
+        found[part + suffix] = score(model, start, first)
+    if part != "FlatQuant" or not first:
+      return found, {}
+    saved.save_learned(workdir / f"{file}_learned.safetensors", learned)
+    folded = (reparametrize(flat, settings) for flat in learned)
+    saved.save_folded(workdir / f"{file}_folded.safetensors", folded)
+    return found, views.measure_flatness(settings, draw, learned)
+
+  baselines = {"RTN": functools.partial(measure_rounding, methods.rtn)}
+  if config.gptq:
+    baselines["GPTQ"] = functools.partial(measure_rounding, methods.gptq)
+  smoothquant = functools.partial(methods.smoothquant, alphas=config.smoothquant_alphas)
+  baselines["SmoothQuant"] = functools.partial(measure_rounding, smoothquant)
+  for suffix, finisher in finishers.items():
+    baselines[f"QuaRot{suffix}"] = functools.partial(measure_quarot, finisher)
+  for seed in config.seeds:
+    draw = make_draw(config, base, seed, outliers)
+    first = seed == config.seeds[0]
+    measure = functools.partial(window_losses, draw.model, windows)
+    full.append(measurements.get(f"{where}, full precision, seed {seed}", measure))
+    for method, of_draw in baselines.items():
+      measure = functools.partial(of_draw, draw, first)
+      results[method].append(measurements.get(f"{where}, {method}, seed {seed}", measure))
     for part in reversed(parts):
-      changed = settings_of(config, name, **PARTS[part])
-      # As SpinQuant, and QuaRot: a gain that makes outliers is not the rotation's to undo.
-      start = fold_gains(model) if part == "learned rotation" else model
-      learned = methods.learn_model(config, start, tokens, changed, draw.seed)
-      keep(part, methods.finish_model(start, learned, changed, "rtn", tokens), start)
-      if draw is draws[0]:
-        flat_blocks[part] = learned
-      if part == "FlatQuant" and config.gptq:
-        keep("FlatQuant + GPTQ", methods.finish_model(model, learned, changed, "gptq", tokens))
-  variant = "outlier" if outliers else "natural"
-  report.tables.append(method_table(f"{name}, {variant} model", draws, results))
-  report.claims.extend(method_claims(f"{name}, {variant} model", draws, results, ablation))
-  views.plot_methods(f"{name}_{variant}", excess(draws, results), workdir, report)
-  views.compare_flatness(f"{name}_{variant}", settings, draws[0], flat_blocks, workdir, report)
-  first = {method: found[0] for method, found in results.items()}
-  views.plot_landscape(f"{name}_{variant}", first, windows, workdir, report)
-  learned = flat_blocks["FlatQuant"]
-  saved.save_learned(workdir / f"{name}_{variant}_learned.safetensors", learned)
-  folded = [reparametrize(flat, settings) for flat in learned]
-  saved.save_folded(workdir / f"{name}_{variant}_folded.safetensors", folded)
+      measure = functools.partial(measure_part, part, draw, first)
+      found, of_first = measurements.get(f"{where}, {part}, seed {seed}", measure)
+      flatness |= of_first
+      for method, result in found.items():
+        results[method].append(result)
+  report.tables.append(method_table(where, full, results))
+  report.claims.extend(method_claims(where, full, results, ablation))
+  views.plot_methods(file, excess(full, results), workdir, report)
+  views.compare_flatness(file, flatness, workdir, report)
+  views.plot_landscape(file, {m: f[0].landscape for m, f in results.items()}, workdir, report)
   if config.tasks:
-    report.tables.append(compare_tasks(config, base, f"{name}, {variant} model", first))
+    report.tables.append(task_table(config.tasks, where, results))
 
 
-def nats(losses: WindowLosses) -> float:
-  return float(losses.nll.mean() / losses.tokens)
-
-
-def excess(draws: list[Draw], results: dict[str, list[Result]]) -> dict[str, list[float]]:
+def excess(full: list[WindowLosses], results: dict[str, list[Result]]) -> dict[str, list[float]]:
   """Nats per token above full precision, {method: one per draw}."""
   return {
-    method: [nats(r.losses) - nats(draw.full) for r, draw in zip(found, draws)]
+    method: [r.losses.nats_per_token - losses.nats_per_token for r, losses in zip(found, full)]
     for method, found in results.items()
   }
 
 
-def method_table(title: str, draws: list[Draw], results: dict[str, list[Result]]) -> Table:
+def method_table(title: str, full: list[WindowLosses], results: dict[str, list[Result]]) -> Table:
   mean = lambda values: float(np.mean(values))
-  above = excess(draws, results)
-  rows = [["full precision", mean([d.full.perplexity for d in draws]), None, None, None]]
+  above = excess(full, results)
+  rows = [["full precision", mean([f.perplexity for f in full]), None, None, None]]
   for method, found in results.items():
-    spread = float(np.std(above[method], ddof=1)) if len(draws) > 1 else None
+    spread = float(np.std(above[method], ddof=1)) if len(full) > 1 else None
     rows.append(
       [
         method,
@@ -191,17 +234,19 @@ def method_table(title: str, draws: list[Draw], results: dict[str, list[Result]]
   columns = ["method", PERPLEXITY, EXCESS, Column("sd over seeds", ".4f")]
   columns.append(Column("held-out block error", ".5f", better="lower"))
   note = (
-    f"Means over {len(draws)} seeds. Weights per output channel, activations per token, keys and "
+    f"Means over {len(full)} seeds. Weights per output channel, activations per token, keys and "
     "values per token and head. Block error: mean squared error of a block's output on "
     "full-precision inputs, relative to the output's mean square."
   )
   return Table(f"Methods, {title}", columns, rows, note)
 
 
-def method_claims(where: str, draws: list[Draw], results, ablation: bool) -> list[Claim]:
+def method_claims(
+  where: str, full: list[WindowLosses], results: dict[str, list[Result]], ablation: bool
+) -> list[Claim]:
   """The paper's order of methods, and its ablation; losses in nats per token."""
-  loss = {method: [nats(r.losses) for r in found] for method, found in results.items()}
-  loss["full precision"] = [nats(draw.full) for draw in draws]
+  loss = {method: [r.losses.nats_per_token for r in found] for method, found in results.items()}
+  loss["full precision"] = [losses.nats_per_token for losses in full]
 
   def lower(statement, first, second):
     measured = {first: loss[first], second: loss[second]}
@@ -243,73 +288,87 @@ def method_claims(where: str, draws: list[Draw], results, ablation: bool) -> lis
   return claims
 
 
-def learned_loss(config, draw: Draw, windows: np.ndarray, name: str, **changes) -> list:
-  """[perplexity, nats above full precision, held-out block error] of one learned model."""
-  settings = settings_of(config, name, **changes)
-  learned = methods.learn_model(config, draw.model, draw.tokens, settings, draw.seed)
-  model = methods.finish_model(draw.model, learned, settings, "rtn", draw.tokens)
-  return result_cells(draw, evaluate(model, draw.model, windows))
-
-
-def result_cells(draw: Draw, result: Result) -> list:
-  return [result.losses.perplexity, nats(result.losses) - nats(draw.full), result.block_error]
-
-
 RESULT_COLUMNS = (PERPLEXITY, EXCESS, Column("held-out block error", ".5f", better="lower"))
 
 
-def compare_locations(config, base, windows, workdir, report: Report) -> None:
+def learned_result(config, draw: Draw, windows: np.ndarray, name: str, **changes) -> Result:
+  """FlatQuant with changed settings."""
+  settings = settings_of(config, name, **changes)
+  learned = methods.learn_model(config, draw.model, draw.tokens, settings, draw.seed)
+  model = methods.finish_model(draw.model, learned, settings, "rtn", draw.tokens)
+  return evaluate(model, draw.model, windows)
+
+
+def one_seed_table(
+  title: str,
+  labels: list[str],
+  units: dict[tuple[str, ...], Callable[[], Result]],
+  draw: Draw,
+  windows: np.ndarray,
+  measurements: Measurements,
+) -> Table:
+  """A row for each of `units`, {what stands in the columns `labels`: measures the rest}."""
+  full = measurements.get(f"{title}, full precision", lambda: window_losses(draw.model, windows))
+  rows = []
+  for row, measure in units.items():
+    result = measurements.get(", ".join((title, *row)), measure)
+    above = result.losses.nats_per_token - full.nats_per_token
+    rows.append([*row, result.losses.perplexity, above, result.block_error])
+  return Table(title, [*labels, *RESULT_COLUMNS], rows, "One seed.")
+
+
+def compare_locations(config, base, windows, measurements: Measurements, report: Report) -> None:
   """Each transform left out (the paper's ablation of locations)."""
-  del workdir
   name = config.outlier_settings[0]
-  draw = make_draw(config, base, windows, config.seeds[0], True)
-  rows = [["all", *learned_loss(config, draw, windows, name)]]
+  draw = make_draw(config, base, config.seeds[0], True)
+  learn = functools.partial(learned_result, config, draw, windows, name)
+  units = {("all",): learn}
   for site in SITES:
     sites = tuple(s for s in SITES if s != site)
-    rows.append([f"without {site}", *learned_loss(config, draw, windows, name, sites=sites)])
+    units[f"without {site}",] = functools.partial(learn, sites=sites)
   title = f"Transforms left out, {name}, outlier model"
-  report.tables.append(Table(title, ["transforms", *RESULT_COLUMNS], rows, "One seed."))
+  report.tables.append(one_seed_table(title, ["transforms"], units, draw, windows, measurements))
 
 
-def compare_sizes(config, base, windows, workdir, report: Report) -> None:
+def compare_sizes(config, base, windows, measurements: Measurements, report: Report) -> None:
   """The size n1 of the left factors, and the parametrization by raw matrices."""
-  del workdir
   name = config.outlier_settings[0]
-  draw = make_draw(config, base, windows, config.seeds[0], True)
-  rows = [["closest factors", *learned_loss(config, draw, windows, name)]]
+  draw = make_draw(config, base, config.seeds[0], True)
+  learn = functools.partial(learned_result, config, draw, windows, name)
+  units = {("closest factors",): learn}
   for size in config.left_sizes:
-    rows.append([f"n1 = {size}", *learned_loss(config, draw, windows, name, left_size=size)])
+    units[f"n1 = {size}",] = functools.partial(learn, left_size=size)
   if config.inverse:
-    found = learned_loss(config, draw, windows, name, matrices="inverse")
-    rows.append(["closest factors, raw matrices inverted", *found])
+    units["closest factors, raw matrices inverted",] = functools.partial(learn, matrices="inverse")
   title = f"Sizes of the Kronecker factors, {name}, outlier model"
-  report.tables.append(Table(title, ["left factor", *RESULT_COLUMNS], rows, "One seed."))
+  report.tables.append(one_seed_table(title, ["left factor"], units, draw, windows, measurements))
 
 
-def compare_settings(config, base, windows, workdir, report: Report) -> None:
+def compare_settings(config, base, windows, measurements: Measurements, report: Report) -> None:
   """Weight-only and cache-only settings."""
-  del workdir
-  draw = make_draw(config, base, windows, config.seeds[0], True)
-  rows = []
+  draw = make_draw(config, base, config.seeds[0], True)
+
+  def round_model(quantize: Callable[..., Decoder], settings: FlatQuantSettings) -> Result:
+    return evaluate(quantize(draw.model, draw.tokens, settings), draw.model, windows)
+
+  units = {}
   for name in config.other_settings:
     settings = settings_of(config, name)
-    compared = {"RTN": methods.rtn(draw.model, draw.tokens, settings)}
+    units[name, "RTN"] = functools.partial(round_model, methods.rtn, settings)
     if settings.weights is not None:
-      compared["GPTQ"] = methods.gptq(draw.model, draw.tokens, settings)
-    for method, model in compared.items():
-      rows.append([name, method, *result_cells(draw, evaluate(model, draw.model, windows))])
-    rows.append([name, "FlatQuant", *learned_loss(config, draw, windows, name)])
-  columns = ["setting", "method", *RESULT_COLUMNS]
-  report.tables.append(Table("Other settings, outlier model", columns, rows, "One seed."))
+      units[name, "GPTQ"] = functools.partial(round_model, methods.gptq, settings)
+    units[name, "FlatQuant"] = functools.partial(learned_result, config, draw, windows, name)
+  title = "Other settings, outlier model"
+  report.tables.append(
+    one_seed_table(title, ["setting", "method"], units, draw, windows, measurements)
+  )
 
 
-def compare_tasks(config, base: BaseModel, title: str, results: dict[str, Result]) -> Table:
-  """Zero-shot accuracies by EleutherAI's harness."""
+def task_table(tasks: tuple[str, ...], title: str, results: dict[str, list[Result]]) -> Table:
+  """Zero-shot accuracies by EleutherAI's harness, with the first seed."""
   rows = []
-  for method, result in results.items():
-    accuracies = zero_shot_accuracies(
-      result.model, base.tokenizer, config.tasks, limit=config.task_limit
-    )
+  for method, found in results.items():
+    accuracies = found[0].accuracies
     rows.append([method, *accuracies, float(np.mean(accuracies))])
-  columns = [Column(task, ".4f", better="higher") for task in (*config.tasks, "mean")]
+  columns = [Column(task, ".4f", better="higher") for task in (*tasks, "mean")]
   return Table(f"Zero-shot accuracy, {title}", ["method", *columns], rows)

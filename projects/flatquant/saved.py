@@ -6,7 +6,7 @@ clipping factors, which fit on a fresh checkpoint; `save_folded` keeps reparamet
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +36,9 @@ def load_learned(path: str | os.PathLike, blocks: Sequence[FlatBlock]) -> list[F
   return _load(path, blocks, Learned)
 
 
-def save_folded(path: str | os.PathLike, blocks: Sequence[Block]) -> None:
-  """Writes reparametrised blocks: kernels, norms and online matrices."""
+def save_folded(path: str | os.PathLike, blocks: Iterable[Block]) -> None:
+  """Writes reparametrised blocks: kernels, norms and online matrices; a device holds one at a time
+  if they are made one at a time."""
   _save(path, blocks, nnx.Param)
 
 
@@ -52,11 +53,12 @@ def _variables(module: nnx.Module, kind: type[nnx.Variable]) -> dict[str, nnx.Va
 
 
 def _save(path, blocks, kind) -> None:
-  tensors = {}
+  tensors, count = {}, 0
   for i, block in enumerate(blocks):
+    count = i + 1
     for name, variable in _variables(block, kind).items():
       tensors[f"blocks.{i}.{name}"] = np.ascontiguousarray(variable[...])
-  save_tensors(pathlib.Path(path), tensors, {"num_blocks": str(len(blocks))})
+  save_tensors(pathlib.Path(path), tensors, {"num_blocks": str(count)})
 
 
 def _load(path_name, blocks, kind) -> list:

@@ -10,7 +10,7 @@ from common.models.llama_sizes import LLAMA_SIZES
 from common.quantization.calibration import run_block
 from common.reporting import plots
 from common.reporting.report import Claim, Column, Figure, Report, Table
-from projects.flatquant.flatness import block_magnitudes, error_landscape, flatness_gap
+from projects.flatquant.flatness import block_magnitudes, flatness_gap
 from projects.flatquant.kronecker import factor_pair, multiplications, seconds_per_token
 from projects.flatquant.methods import fixed_blocks
 
@@ -34,16 +34,25 @@ def plot_methods(where: str, excess: dict[str, list[float]], workdir, report: Re
   report.figures.append(Figure(f"Loss of quantization, {where}", file, caption))
 
 
-def compare_flatness(where: str, settings, draw, learned, workdir, report: Report) -> None:
-  """Sorted channel magnitudes of the first block, and the mean gap to a flat line of all blocks."""
+def measure_flatness(settings, draw, learned) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """{transform: (gap to a flat line, sorted channel magnitudes)} of `draw.model`.
+
+  The gaps, [2], are of activations and weights, means over sites and blocks; the magnitudes,
+  [hidden], are of the first block's inputs, of equal norm, so that the curves can be compared.
+
+  Args:
+    settings: of the method.
+    draw: with the model and the tokens of its activations.
+    learned: the model's blocks with FlatQuant's transforms.
+  """
   hadamards = {"sites": ("P_a", "P_o", "P_v", "P_h", "P_ug", "P_d"), "clip": False, "scale": False}
   variants = {
     "original": fixed_settings(settings, sites=(), clip=False, scale=False),
     "Hadamard": fixed_settings(settings, **hadamards),
   }
   blocks = {n: fixed_blocks(draw.model, draw.tokens, s) for n, s in variants.items()}
-  blocks["FlatQuant"] = learned["FlatQuant"]
-  gaps, series = {}, {}
+  blocks["FlatQuant"] = learned
+  measured = {}
   for method, flats in blocks.items():
     x, context = draw.model.stem(draw.tokens)
     found = []
@@ -51,11 +60,17 @@ def compare_flatness(where: str, settings, draw, learned, workdir, report: Repor
       magnitudes = block_magnitudes(flat, x, context)
       found += [[float(flatness_gap(m)) for m in pair] for pair in magnitudes.values()]
       if i == 0:
-        # Of equal norm, so that the curves can be compared.
         curve = np.asarray(magnitudes["P_a"][0])
-        series[method] = (np.arange(len(curve)), curve / np.sqrt(np.mean(curve**2)))
+        curve = curve / np.sqrt(np.mean(curve**2))
       x = run_block(block, x, context)
-    gaps[method] = np.mean(found, axis=0)
+    measured[method] = np.mean(found, axis=0), curve
+  return measured
+
+
+def compare_flatness(where: str, measured, workdir, report: Report) -> None:
+  """Plot, table and claim of what `measure_flatness` found."""
+  gaps = {method: gap for method, (gap, _) in measured.items()}
+  series = {method: (np.arange(len(curve)), curve) for method, (_, curve) in measured.items()}
   file = f"flatness_{where}.png"
   plots.line_plot(
     workdir / file,
@@ -81,15 +96,10 @@ def compare_flatness(where: str, settings, draw, learned, workdir, report: Repor
   )
 
 
-def plot_landscape(where: str, results, windows, workdir, report: Report) -> None:
-  """Error of the block outputs over layers, and over layers and tokens."""
+def plot_landscape(where: str, landscapes, workdir, report: Report) -> None:
+  """Error of the block outputs over layers, and over layers and tokens: {method: [layers, seq]}."""
   names = ("RTN", "SmoothQuant", "QuaRot", "FlatQuant")
-  errors = {
-    name: np.log10(
-      error_landscape(results[name].reference, results[name].model, windows[:16], propagate=True)
-    )
-    for name in names
-  }
+  errors = {name: np.log10(landscapes[name]) for name in names}
   layers = [str(layer) for layer in range(1, len(errors["RTN"]) + 1)]
   file = f"error_layers_{where}.png"
   plots.heatmap(
@@ -103,7 +113,7 @@ def plot_landscape(where: str, results, windows, workdir, report: Report) -> Non
   )
   report.figures.append(Figure(f"Error over layers, {where}", file, "Held-out text, first seed."))
   file = f"error_tokens_{where}.png"
-  groups = np.array_split(np.arange(windows.shape[1]), 5)
+  groups = np.array_split(np.arange(errors["RTN"].shape[1]), 5)
   difference = errors["FlatQuant"] - errors["QuaRot"]
   plots.heatmap(
     workdir / file,

@@ -352,7 +352,7 @@ def test_bad_configs_are_refused_before_any_work(tmp_path, monkeypatch):
     methods.variant(config.get_config("tiny"), "x", None, 0)
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(config.get_config("tiny"), tmp_path)
   assert len(report.claims) == 4
   for figure in report.figures:
@@ -362,3 +362,12 @@ def test_tiny_run(tmp_path):
   assert rows["RTN-ada"][6] == pytest.approx(3 + 19 / 32)
   assert (rows["RTN-OC"][5], rows["AWQ"][5], rows["RTN-IC"][5]) == (0, 0, 1)
   assert rows["RTN-heuristic"][5] == pytest.approx(4 / 7)
+
+  def measured_again(*args, **options):
+    raise AssertionError("measured again")
+
+  monkeypatch.setattr(methods, "quantize_model", measured_again)
+  monkeypatch.setattr(adadim, "quantize_model", measured_again)
+  monkeypatch.setattr(experiment, "block_sensitivity", measured_again)
+  # From the measurements of the first run.
+  assert experiment.run(config.get_config("tiny"), tmp_path) == report

@@ -206,8 +206,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def draw(tiny):
-  windows = np.zeros((tiny.calibration_samples, tiny.eval_length), np.int32)
-  return experiment.make_draw(tiny, base_model(tiny.model), windows, 0, True)
+  return experiment.make_draw(tiny, base_model(tiny.model), 0, True)
 
 
 @pytest.fixture(scope="module")
@@ -390,6 +389,16 @@ def test_tiny_run(tiny_run):
   assert len(report.claims) == 12
   for figure in report.figures:
     assert (workdir / figure.path).stat().st_size > 0
+
+
+def test_a_second_run_finds_the_measurements(tiny, tiny_run, monkeypatch):
+  def quantized_again(*args, **options):
+    raise AssertionError("quantized again")
+
+  for name in ("quantize_model", "learn_model", "fixed_blocks"):
+    monkeypatch.setattr(methods, name, quantized_again)
+  report, workdir = tiny_run
+  assert experiment.run(tiny, workdir) == report
 
 
 @pytest.fixture(scope="module")

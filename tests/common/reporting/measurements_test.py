@@ -104,7 +104,7 @@ def test_a_type_that_was_not_named_is_refused(tmp_path):
 def test_a_name_is_used_once(tmp_path):
   measurements = Measurements(tmp_path, CONFIG)
   measurements.get("a", lambda: 1)
-  with pytest.raises(ValueError, match="two measurements are named 'a'"):
+  with pytest.raises(UserError, match="two measurements are named 'a'"):
     measurements.get("a", lambda: 1)
 
 
