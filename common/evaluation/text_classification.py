@@ -1,8 +1,9 @@
 """Classification of texts by a fine-tuned encoder, as in GLUE: labelled files, classes, scores."""
 
+import functools
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from common.errors import UserError
 from common.evaluation.items import read_items
 from common.models.encoder import Encoder
+from common.reporting.measurements import Measurements
 from common.reporting.report import Column, Table
 
 Array = jax.Array
@@ -122,7 +124,11 @@ def read_task(
 
 
 def task_table(
-  encoder: str, setting: str, task: Task, models: Iterable[tuple[str, str | None, Encoder]]
+  encoder: str,
+  setting: str,
+  task: Task,
+  models: Iterable[tuple[str, str | None, Callable[[], Encoder]]],
+  measurements: Measurements,
 ) -> Table:
   """Scores on the task.
 
@@ -130,9 +136,15 @@ def task_table(
     encoder: its name.
     setting: what the second column is called.
     task: see `read_task`.
-    models: method, setting and model of each row, one in memory at a time.
+    models: method, setting and what makes the model of each row; one is in memory at a time.
+    measurements: of the run; a model whose scores they have is not made.
   """
-  rows = [[name, value, *scores(task.labels, predict(m, task.test))] for name, value, m in models]
+  score = lambda model_of: scores(task.labels, predict(model_of(), task.test))
+  rows = []
+  for method, value, model_of in models:
+    of_model = functools.partial(score, model_of)
+    found = measurements.get(f"{task.name}, {value or 'no setting'}, {method}", of_model)
+    rows.append([method, value, *found])
   columns = [Column(c, ".4f", better="higher") for c in ("accuracy", "macro F1", "Matthews")]
   return Table(f"{encoder} on {task.name}", ["method", setting, *columns], rows)
 

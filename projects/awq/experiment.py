@@ -4,6 +4,8 @@ import collections
 import functools
 import pathlib
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,19 +24,26 @@ from common.quantization.awq import apply_to_model, search_model
 from common.quantization.calibration import quantize_model
 from common.quantization.linear import bits_per_weight
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.awq import salient, search_result
+from projects.awq.calibration_study import calibration_robustness, sample_efficiency
 from projects.awq.methods import (
-  awq,
   awq_settings,
-  calibration,
-  gptq,
+  compared_methods,
   integer_format,
   load_evaluation,
   mixed_calibration,
-  quantize_all,
   rtn,
 )
+
+
+class Outcome(NamedTuple):
+  """What the main table needs of a quantized model; `bits` are stored per weight."""
+
+  losses: WindowLosses
+  bits: float
+  seconds: float
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
@@ -43,12 +52,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   format = integer_format(config, config.bits)
   evaluation = load_evaluation(config, base)
   draws = {seed: mixed_calibration(config, base, seed) for seed in config.seeds}
-  variants = {"natural": base.model}
+  # The copy with outliers is made by each part that needs it: a part has one model at a time.
+  variants = {"natural": lambda: base.model}
   if config.outlier_variant:
-    variants["outlier"] = inject_outliers(base.model, jax.random.key(0))
+    variants["outlier"] = lambda: inject_outliers(base.model, jax.random.key(0))
 
+  measurements = Measurements(workdir, config, (Outcome, WindowLosses))
   report = Report(tables=[], figures=[], claims=[])
-  setting = (config, evaluation, draws, format, workdir, report)
+  setting = (config, evaluation, draws, format, measurements, workdir, report)
   parts = []
   for variant, model in variants.items():
     parts.append(functools.partial(compare_methods, variant, model, *setting))
@@ -58,40 +69,63 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     parts.append(functools.partial(calibration_robustness, base, *setting))
   if config.sample_sizes:
     parts.append(functools.partial(sample_efficiency, base, variants, *setting))
-  parts.append(functools.partial(final_model, base, *setting))
+  parts.append(
+    functools.partial(final_model, base, config, evaluation, draws, format, workdir, report)
+  )
   for part in track(parts, "AWQ", console=Console(stderr=True)):
     part()
   return report
 
 
 def compare_methods(
-  variant: str, model: Decoder, config, evaluation, draws, format, workdir, report: Report
+  variant: str,
+  model: Callable[[], Decoder],
+  config,
+  evaluation,
+  draws,
+  format,
+  measurements: Measurements,
+  workdir,
+  report: Report,
 ) -> None:
   """The main table: perplexity per method and width, and claims 1 and 4 of the paper."""
-  full = evaluation.losses(model)
+  model = functools.cache(model)
+
+  def measure(quantize: Callable[[Decoder], Decoder]) -> Outcome:
+    original = jax.block_until_ready(model())
+    start = time.perf_counter()
+    quantized = jax.block_until_ready(quantize(original))
+    seconds = time.perf_counter() - start
+    return Outcome(evaluation.losses(quantized), bits_per_weight(quantized.blocks), seconds)
+
+  full = measurements.get(f"methods, {variant}, full precision", lambda: evaluation.losses(model()))
   rows, nll = [["full precision", None, full.perplexity, None, None, 32.0, None]], {}
-  for bits in (config.bits, *config.other_bits):
+  for bits in dict.fromkeys((config.bits, *config.other_bits)):
     main = bits == config.bits
     of_width = integer_format(config, bits)
-    start = time.perf_counter()
-    rounded = jax.block_until_ready(rtn(model, of_width))
-    seconds = time.perf_counter() - start
-    reference = evaluation.losses(rounded)
-    stored = bits_per_weight(rounded.blocks)
+    round_all = functools.partial(rtn, format=of_width)
+    rounded = measurements.get(
+      f"methods, {variant}, INT{bits}, RTN", functools.partial(measure, round_all)
+    )
     # Rounding to nearest does not look at the calibration set: one draw is all draws.
-    used = list(draws.values())[: None if main else 1]
-    results = collections.defaultdict(list, {"RTN": [(reference, seconds)] * len(used)})
-    for tokens in used:
-      for name, quantized, seconds in quantize_all(config, model, tokens, of_width, main):
-        results[name].append((evaluation.losses(quantized), seconds))
-    for name, values in results.items():
-      losses, seconds = zip(*values)
+    used = list(draws.items())[: None if main else 1]
+    results = collections.defaultdict(list, {"RTN": [rounded] * len(used)})
+    for seed, tokens in used:
+      for name, quantize in compared_methods(config, tokens, of_width, main).items():
+        outcome = measurements.get(
+          f"methods, {variant}, INT{bits}, {name}, seed {seed}",
+          functools.partial(measure, quantize),
+        )
+        results[name].append(outcome)
+    for name, outcomes in results.items():
+      losses = tuple(outcome.losses for outcome in outcomes)
       perplexities = [loss.perplexity for loss in losses]
-      change = np.mean([paired_difference(loss, reference).mean for loss in losses])
+      change = np.mean([paired_difference(loss, rounded.losses).mean for loss in losses])
       spread = float(np.std(perplexities, ddof=1)) if main and name != "RTN" else None
       rows.append(
         [name, f"INT{bits}", float(np.mean(perplexities)), spread]
-        + [None if name == "RTN" else float(change), stored, min(seconds)]
+        + [None if name == "RTN" else float(change), rounded.bits]
+        + [min(outcome.seconds for outcome in outcomes)]
       )
       if main:
         nll[name] = losses
@@ -121,10 +155,10 @@ def compare_methods(
 
 def method_claims(width: str, variant: str, full, nll) -> list[Claim]:
   """Claims 1 and 4 of the paper, on the mean loss in nats per token of each calibration draw."""
-  mean_nll = lambda name: [loss.nll.mean() / loss.tokens for loss in nll[name]]
+  mean_nll = lambda name: [loss.nats_per_token for loss in nll[name]]
   seeds = len(nll["AWQ"])
   rtn = mean_nll("RTN")
-  base_nll = full.nll.mean() / full.tokens
+  base_nll = full.nats_per_token
   claims = []
   claims.append(
     Claim.less(
@@ -166,7 +200,7 @@ def method_claims(width: str, variant: str, full, nll) -> list[Claim]:
 
 def plot_methods(config, variant, full, nll, workdir, report: Report) -> None:
   excess = {
-    name: [loss.nll.mean() / loss.tokens - full.nll.mean() / full.tokens for loss in losses]
+    name: [loss.nats_per_token - full.nats_per_token for loss in losses]
     for name, losses in nll.items()
   }
   file = f"methods_{variant}.png"
@@ -188,13 +222,27 @@ def plot_methods(config, variant, full, nll, workdir, report: Report) -> None:
 
 
 def salient_channels(
-  variant: str, model: Decoder, config, evaluation, draws, format, workdir, report: Report
+  variant: str,
+  model: Callable[[], Decoder],
+  config,
+  evaluation,
+  draws,
+  format,
+  measurements: Measurements,
+  workdir,
+  report: Report,
 ) -> None:
   """Tables 1 and 2 of the paper: which channels matter, and what scaling them does."""
   del workdir
-  full, rounded = evaluation.losses(model), evaluation.losses(rtn(model, format))
+  model = functools.cache(model)
+  get = lambda name, measure: measurements.get(f"salient channels, {variant}, {name}", measure)
+  full = get("full precision", lambda: evaluation.losses(model()))
+  rounded = get("RTN", lambda: evaluation.losses(rtn(model(), format)))
 
-  def keep(tokens, seed, fraction, criterion):
+  def score(tokens, block) -> WindowLosses:
+    return evaluation.losses(quantize_model(model(), tokens, block, stream="full_precision"))
+
+  def keep(tokens, seed, fraction, criterion) -> WindowLosses:
     block = lambda i, block, x, context: salient.keep_salient(
       block,
       x,
@@ -204,7 +252,13 @@ def salient_channels(
       criterion=criterion,
       key=jax.random.fold_in(jax.random.key(seed), i),
     )
-    return evaluation.losses(quantize_model(model, tokens, block, stream="full_precision"))
+    return score(tokens, block)
+
+  def scale_chosen(tokens, scale) -> WindowLosses:
+    block = lambda i, block, x, context: salient.scale_salient(
+      block, x, context, format, fraction=0.01, scale=scale
+    )
+    return score(tokens, block)
 
   rows, closed = [["none (RTN)", rounded.perplexity, 0.0]], {}
   middle = sorted(config.salient_fractions)[len(config.salient_fractions) // 2]
@@ -214,7 +268,13 @@ def salient_channels(
       # does not depend on the draw.
       every = fraction == middle and criterion != "weight"
       used = list(draws.items())[: None if every else 1]
-      losses = [keep(tokens, seed, fraction, criterion) for seed, tokens in used]
+      losses = [
+        get(
+          f"{fraction} by {criterion}, seed {seed}",
+          functools.partial(keep, tokens, seed, fraction, criterion),
+        )
+        for seed, tokens in used
+      ]
       shares = [gap_closed(loss, rounded, full) for loss in losses]
       if fraction == middle:
         closed[criterion] = shares
@@ -243,11 +303,8 @@ def salient_channels(
 
   rows = []
   for scale in config.salient_scales:
-    block = lambda i, block, x, context, scale=scale: salient.scale_salient(
-      block, x, context, format, fraction=0.01, scale=scale
-    )
     tokens = next(iter(draws.values()))
-    loss = evaluation.losses(quantize_model(model, tokens, block, stream="full_precision"))
+    loss = get(f"scale {scale}", functools.partial(scale_chosen, tokens, scale))
     rows.append([scale, loss.perplexity, gap_closed(loss, rounded, full)])
   report.tables.append(
     Table(
@@ -263,108 +320,6 @@ def gap_closed(loss: WindowLosses, rtn: WindowLosses, full: WindowLosses) -> flo
   return float((rtn.nll.mean() - loss.nll.mean()) / (rtn.nll.mean() - full.nll.mean()))
 
 
-def calibration_robustness(
-  base: BaseModel, config, evaluation, draws, format, workdir, report: Report
-) -> None:
-  """Loss when the calibration domain is not the evaluation domain (the paper's Figure 8b)."""
-  del draws  # Each domain gives its own.
-  model = base.model
-  names = [domain.split(":")[-1] for domain in config.domains]
-  full = evaluation.losses_by_domain(model)
-  compared = {
-    "AWQ": lambda tokens: awq(model, tokens, awq_settings(config, format)),
-    "GPTQ": lambda tokens: gptq(model, tokens, format),
-  }
-  penalties, rows = {}, []
-  for name, quantize in compared.items():
-    matrix = np.zeros((config.matrix_draws, len(names), len(names)))
-    for draw in range(config.matrix_draws):
-      for i, source in enumerate(config.domains):
-        tokens = calibration(config, base, source, config.calibration_samples, draw)
-        losses = evaluation.losses_by_domain(quantize(tokens))
-        for j, domain in enumerate(config.domains):
-          matrix[draw, i, j] = paired_difference(losses[domain], full[domain]).mean
-    # For each evaluation domain: calibrated elsewhere, minus calibrated on it.
-    own = np.diagonal(matrix, axis1=1, axis2=2)
-    elsewhere = (matrix.sum(axis=1) - own) / (len(names) - 1)
-    penalties[name] = (elsewhere - own).mean(axis=1).tolist()
-    for source, row in zip(names, matrix.mean(axis=0).tolist()):
-      rows.append([name, source, *row])
-    file = f"robustness_{name.lower()}.png"
-    plots.heatmap(
-      workdir / file,
-      matrix.mean(axis=0),
-      names,
-      names,
-      xlabel="evaluated on",
-      ylabel="calibrated on",
-      title=f"{name}, INT{format.bits}: nats per token above full precision",
-      annotate=".3f",
-    )
-    report.figures.append(Figure(f"Calibration robustness of {name}", file))
-  report.tables.append(
-    Table(
-      f"Calibrated on one domain, evaluated on another, INT{format.bits}, natural model",
-      ["method", "calibrated on", *[Column(f"on {n}", ".4f") for n in names]],
-      rows,
-      note=f"Nats per token above full precision, mean of {config.matrix_draws} draws.",
-    )
-  )
-  report.claims.append(
-    Claim.less(
-      "AWQ loses less than GPTQ when calibrated on another domain "
-      f"(INT{format.bits}, natural model, nats per token off-domain minus on-domain)",
-      {"AWQ": penalties["AWQ"], "GPTQ": penalties["GPTQ"]},
-    )
-  )
-
-
-def sample_efficiency(
-  base: BaseModel, variants, config, evaluation, draws, format, workdir, report: Report
-) -> None:
-  """Loss against the number of calibration sequences (the paper's Figure 8a)."""
-  del draws  # Each size gives its own.
-  variant, model = list(variants.items())[-1]
-  full = evaluation.losses(model)
-  source = ",".join(config.domains)
-  compared = {
-    "AWQ": lambda tokens: awq(model, tokens, awq_settings(config, format)),
-    "GPTQ": lambda tokens: gptq(model, tokens, format),
-  }
-  sizes, seeds = list(config.sample_sizes), config.seeds[: config.sample_draws]
-  excess = {name: np.zeros((len(sizes), len(seeds))) for name in compared}
-  for i, size in enumerate(sizes):
-    for j, seed in enumerate(seeds):
-      tokens = calibration(config, base, source, size, seed)
-      for name, quantize in compared.items():
-        loss = evaluation.losses(quantize(tokens))
-        excess[name][i, j] = paired_difference(loss, full).mean
-  plots.line_plot(
-    workdir / "sample_efficiency.png",
-    {name: (sizes, values.mean(axis=1), values.std(axis=1)) for name, values in excess.items()},
-    xlabel=f"calibration sequences of {config.calibration_length} tokens",
-    ylabel="excess loss, nats per token",
-    title=f"INT{format.bits}, {variant} model",
-    log="x",
-  )
-  report.figures.append(
-    Figure(
-      "Sample efficiency",
-      "sample_efficiency.png",
-      f"Above full precision; mean and standard deviation of {len(seeds)} calibration draws.",
-    )
-  )
-  means = [values.mean(axis=1).tolist() for values in excess.values()]
-  report.tables.append(
-    Table(
-      f"Calibration set size, INT{format.bits}, {variant} model",
-      ["sequences", *[Column(name, ".4f") for name in excess]],
-      [list(row) for row in zip(sizes, *means)],
-      note=f"Nats per token above full precision, mean of {len(seeds)} draws.",
-    )
-  )
-
-
 def final_model(
   base: BaseModel, config, evaluation, draws, format, workdir, report: Report
 ) -> None:
@@ -372,9 +327,9 @@ def final_model(
   model, settings = base.model, awq_settings(config, format)
   searches = search_model(model, draws[config.seeds[0]], settings)
   candidates = {
-    "full precision": model,
-    "RTN": rtn(model, format),
-    "AWQ": apply_to_model(model, searches, format),
+    "full precision": lambda: model,
+    "RTN": lambda: rtn(model, format),
+    "AWQ": lambda: apply_to_model(model, searches, format),
   }
   search_result.save(workdir / "search.safetensors", searches, settings)
   windows = np.concatenate(list(evaluation.windows.values()))
@@ -383,7 +338,8 @@ def final_model(
   )
   prompt = windows[0][:24].tolist()
   rows = []
-  for name, candidate in candidates.items():
+  for name, make in candidates.items():
+    candidate = make()
     bits = 32.0 if name == "full precision" else bits_per_weight(candidate.blocks)
     (continuation,) = generate(candidate, [prompt], max_new_tokens=24)
     rows.append(

@@ -1,8 +1,7 @@
 """What is compared, and on what: the methods, the calibration draws and the evaluation text."""
 
 import functools
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -99,23 +98,18 @@ def awq(model: Decoder, tokens: Array, settings: AWQSettings) -> Decoder:
   return apply_to_model(model, search_model(model, tokens, settings), settings.format)
 
 
-def quantize_all(
-  config, model: Decoder, tokens: Array, format: IntegerFormat, ablations: bool
-) -> Iterator[tuple[str, Decoder, float]]:
-  """Yields (method, quantized model, seconds) of the main table for one calibration draw."""
-
-  def timed(name, quantize):
-    start = time.perf_counter()
-    quantized = jax.block_until_ready(quantize())
-    return name, quantized, time.perf_counter() - start
-
+def compared_methods(
+  config: ConfigDict, tokens: Array, format: IntegerFormat, ablations: bool
+) -> dict[str, Callable[[Decoder], Decoder]]:
+  """The main table's methods, beside RTN, for one calibration draw."""
   settings = functools.partial(awq_settings, config, format)
-  yield timed("GPTQ", lambda: gptq(model, tokens, format))
+  methods = {"GPTQ": lambda model: gptq(model, tokens, format)}
   if ablations:
-    yield timed("GPTQ act-order", lambda: gptq(model, tokens, format, act_order=True))
-    yield timed("SmoothQuant", lambda: smoothquant(model, tokens, format))
-    fixed = settings(fixed_ratio=0.5, mse_range=False)
-    yield timed("AWQ r=0.5, no clip", lambda: awq(model, tokens, fixed))
-    scales_only = settings(mse_range=False)
-    yield timed("AWQ, no clip", lambda: awq(model, tokens, scales_only))
-  yield timed("AWQ", lambda: awq(model, tokens, settings()))
+    fixed, scales_only = settings(fixed_ratio=0.5, mse_range=False), settings(mse_range=False)
+    methods |= {
+      "GPTQ act-order": lambda model: gptq(model, tokens, format, act_order=True),
+      "SmoothQuant": lambda model: smoothquant(model, tokens, format),
+      "AWQ r=0.5, no clip": lambda model: awq(model, tokens, fixed),
+      "AWQ, no clip": lambda model: awq(model, tokens, scales_only),
+    }
+  return methods | {"AWQ": lambda model: awq(model, tokens, settings())}

@@ -63,7 +63,7 @@ def compare_on_encoder(config: ConfigDict, measurements: Measurements, report: R
     raise UserError(f"encoder={config.encoder!r} is a {type(model).__name__}; expected an encoder")
   tokenizer = load_tokenizer(str(folder))
   if config.labelled_train or config.labelled_test:
-    compare_on_task(config, model, tokenizer, report)
+    compare_on_task(config, model, tokenizer, measurements, report)
     return
   read = lambda split, count, seed: sentences(
     tokenizer, split, count, config.encoder_length, model.config.pad_token_id, seed
@@ -120,7 +120,11 @@ def compare_on_encoder(config: ConfigDict, measurements: Measurements, report: R
 
 
 def compare_on_task(
-  config: ConfigDict, model: Encoder, tokenizer: tokenizers.Tokenizer, report: Report
+  config: ConfigDict,
+  model: Encoder,
+  tokenizer: tokenizers.Tokenizer,
+  measurements: Measurements,
+  report: Report,
 ) -> None:
   """A GLUE task: accuracy, F1 and Matthews correlation of a fine-tuned classifier."""
   task = read_task(
@@ -135,12 +139,13 @@ def compare_on_task(
   calibration = {name: jnp.asarray(ids) for name, ids in task.calibration._asdict().items()}
 
   def models():
-    yield "full precision", None, model
+    yield "full precision", None, lambda: model
     for bits in config.encoder_bits:
       for method in ("RTN", "FlexRound"):
-        yield method, f"W{bits}A{bits}", quantize(method, config, model, bits, **calibration)
+        quantized = functools.partial(quantize, method, config, model, bits, **calibration)
+        yield method, f"W{bits}A{bits}", quantized
 
-  report.tables.append(task_table(config.encoder, "format", task, models()))
+  report.tables.append(task_table(config.encoder, "format", task, models(), measurements))
 
 
 def retrieval_collection(config: ConfigDict) -> Collection | None:

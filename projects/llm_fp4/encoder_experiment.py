@@ -51,7 +51,7 @@ def compare_on_encoder(config: ConfigDict, measurements: Measurements, report: R
     raise UserError(f"encoder={config.encoder!r} is a {type(model).__name__}; expected an encoder")
   tokenizer = load_tokenizer(str(folder))
   if config.labelled_train or config.labelled_test:
-    compare_on_task(config, model, tokenizer, report)
+    compare_on_task(config, model, tokenizer, measurements, report)
   else:
     compare_on_retrieval(config, model, tokenizer, measurements, report)
 
@@ -151,7 +151,11 @@ def quantize(
 
 
 def compare_on_task(
-  config: ConfigDict, model: Encoder, tokenizer: Tokenizer, report: Report
+  config: ConfigDict,
+  model: Encoder,
+  tokenizer: Tokenizer,
+  measurements: Measurements,
+  report: Report,
 ) -> None:
   """A GLUE task: accuracy, F1 and Matthews correlation of a fine-tuned classifier."""
   task = read_task(
@@ -166,14 +170,14 @@ def compare_on_task(
   calibration = {name: jnp.asarray(ids) for name, ids in task.calibration._asdict().items()}
 
   def models():
-    yield "full precision", "32/32/32", model
+    yield "full precision", "32/32/32", lambda: model
+    options = {"labels": task.calibration_labels, **calibration}
     for bits in config.encoder_bits:
       for method in METHODS:
-        labels = task.calibration_labels
-        quantized = quantize(config, model, method, bits, labels=labels, **calibration)
+        quantized = functools.partial(quantize, config, model, method, bits, **options)
         yield method, f"{bits}/{bits}/{bits}", quantized
 
-  report.tables.append(task_table(config.encoder, "bits E/W/A", task, models()))
+  report.tables.append(task_table(config.encoder, "bits E/W/A", task, models(), measurements))
 
 
 def products_note(config: ConfigDict) -> str:

@@ -3,26 +3,31 @@
 import collections
 import functools
 import pathlib
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
 from common.checkpoints.huggingface import load_decoder, save_model
-from common.data.pipelines import calibration_samples, evaluation_windows
 from common.evaluation.harness import require_harness, zero_shot_accuracies
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
-from common.models.outliers import inject_outliers
 from common.quantization.calibration import block_inputs, run_block
 from common.quantization.shift_and_scale import channel_range
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
+from projects.outlier_suppression_plus.draws import (
+  Draw,
+  held_out_windows,
+  make_draws,
+  score_method,
+  shift_of,
+  unchanged,
+)
 from projects.outlier_suppression_plus.methods import ablations, main_methods, settings_of
 from projects.outlier_suppression_plus.outlier_suppression_plus import (
   check_model,
@@ -40,15 +45,9 @@ EXCESS = Column("nats per token above full precision", ".4f", better="lower")
 SMALLEST_BAR = 1e-4
 
 
-class Draw(NamedTuple):
-  """One seed: a full-precision model, calibration text, and its losses on the evaluation windows."""
-
-  model: Decoder
-  tokens: Array
-  full: WindowLosses
-
-
-def compare_on_decoders(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
+def compare_on_decoders(
+  config: ConfigDict, measurements: Measurements, workdir: pathlib.Path, report: Report
+) -> None:
   """Fills the report with every part that the config asks for."""
   require_harness(config.tasks)
   base = base_model(config.model)
@@ -56,58 +55,25 @@ def compare_on_decoders(config: ConfigDict, workdir: pathlib.Path, report: Repor
     check_model(base.model, settings_of(config, name))
   windows = held_out_windows(config, base)
   shift = shift_of(config, base)
-  draws = [make_draw(config, base, windows, seed, shift) for seed in config.seeds]
-  parts = [
-    functools.partial(compare_methods, config, name, draws, windows, workdir, report)
-    for name in config.settings
-  ]
+  score = functools.partial(score_method, windows, measurements)
+  draws = make_draws(config, base, shift, "decoder", score)
+  parts = []
+  for name in config.settings:
+    parts.append(functools.partial(compare_methods, config, name, draws, score, workdir, report))
+    if config.tasks:
+      part = functools.partial(compare_tasks, config, base, name, draws[0], measurements, report)
+      parts.append(part)
   if config.outliers and shift:
-    parts.append(functools.partial(without_asymmetry, config, base, windows, report))
+    parts.append(functools.partial(without_asymmetry, config, base, score, report))
   for name in config.ablation_settings:
-    parts.append(functools.partial(compare_ablations, config, name, draws, windows, report))
+    parts.append(functools.partial(compare_ablations, config, name, draws, score, report))
   for name in config.other_models:
-    parts.append(functools.partial(compare_families, config, name, report))
+    parts.append(functools.partial(compare_families, config, name, measurements, report))
   if config.sample_sizes:
-    parts.append(functools.partial(sample_efficiency, config, base, windows, workdir, report))
-  parts.append(functools.partial(folded_model, config, base, draws[0], windows, workdir, report))
+    parts.append(functools.partial(sample_efficiency, config, base, score, workdir, report))
+  parts.append(functools.partial(folded_model, config, draws[0], windows, workdir, report))
   for part in track(parts, "Outlier Suppression+", console=Console(stderr=True)):
     part()
-
-
-def held_out_windows(config: ConfigDict, base: BaseModel) -> np.ndarray:
-  """Windows of every domain's test split together, int32 [windows, seq]."""
-  windows = evaluation_windows(
-    config.domains, base.tokenizer, seq_len=config.eval_length, per_source=config.eval_windows
-  )
-  return np.concatenate(list(windows.values()))
-
-
-def shift_of(config: ConfigDict, base: BaseModel) -> float:
-  """How far outlier channels are moved off zero: not where RMSNorm has no bias for it."""
-  return config.outlier_shift if base.model.config.norm == "layer" else 0.0
-
-
-def make_draw(
-  config: ConfigDict, base: BaseModel, windows: np.ndarray, seed: int, shift: float
-) -> Draw:
-  """Calibration text and, if the config asks for them, outlier channels of a seed."""
-  tokens = calibration_samples(
-    ",".join(config.domains),
-    base.tokenizer,
-    num_samples=config.calibration_samples,
-    seq_len=config.calibration_length,
-    seed=seed,
-  )
-  model = base.model
-  if config.outliers:
-    model = inject_outliers(
-      model,
-      jax.random.key(seed),
-      fraction=config.outlier_fraction,
-      gain=config.outlier_gain,
-      shift=shift,
-    )
-  return Draw(model, jnp.asarray(tokens), window_losses(model, windows))
 
 
 def calibration_loss(model: Decoder, quantized: Decoder, tokens: Array) -> float:
@@ -116,16 +82,21 @@ def calibration_loss(model: Decoder, quantized: Decoder, tokens: Array) -> float
   return float(window_losses(quantized, np.asarray(tokens)).nll.mean())
 
 
-def nats(losses: WindowLosses) -> float:
-  return float(losses.nll.mean() / losses.tokens)
+def measure(what: str, methods, draws: list[Draw], score) -> dict[str, list[WindowLosses]]:
+  """Losses of every method on every draw.
 
-
-def measure(methods, draws: list[Draw], windows: np.ndarray) -> dict[str, list[WindowLosses]]:
-  """Losses of every method on every draw."""
+  Args:
+    what: begins the names of the measurements.
+    methods: {name: method}, see `main_methods`.
+    draws: of one model.
+    score: see `draws.score_method`.
+  """
   measured = collections.defaultdict(list)
   for draw in draws:
+    model = functools.cache(draw.model)
     for name, method in methods.items():
-      measured[name].append(window_losses(method(draw.model, draw.tokens), windows))
+      losses = score(f"{what}, {name}, seed {draw.seed}", method, model, draw.tokens)
+      measured[name].append(losses)
   return measured
 
 
@@ -133,7 +104,7 @@ def loss_rows(measured: dict[str, list[WindowLosses]], draws: list[Draw]) -> lis
   """[method, mean perplexity, mean and spread over draws of the loss above full precision]."""
   rows = []
   for name, losses in measured.items():
-    excess = [nats(loss) - nats(draw.full) for loss, draw in zip(losses, draws)]
+    excess = [loss.nats_per_token - draw.full.nats_per_token for loss, draw in zip(losses, draws)]
     spread = float(np.std(excess, ddof=1)) if len(draws) > 1 else None
     perplexity = float(np.mean([loss.perplexity for loss in losses]))
     rows.append([name, perplexity, float(np.mean(excess)), spread])
@@ -144,14 +115,14 @@ def compare_methods(
   config: ConfigDict,
   name: str,
   draws: list[Draw],
-  windows: np.ndarray,
+  score,
   workdir: pathlib.Path,
   report: Report,
 ) -> None:
   """One setting's table, figure and claims."""
   settings = settings_of(config, name)
   methods = main_methods(config, settings, {}, calibration_loss)
-  measured = measure(methods, draws, windows)
+  measured = measure(f"decoder, {name}", methods, draws, score)
   measured = {"full precision": [draw.full for draw in draws]} | measured
   rows = loss_rows(measured, draws)
   report.tables.append(
@@ -173,10 +144,8 @@ def compare_methods(
   )
   if config.outliers:
     report.claims.extend(
-      method_claims(name, {m: [nats(v) for v in vs] for m, vs in measured.items()})
+      method_claims(name, {m: [v.nats_per_token for v in vs] for m, vs in measured.items()})
     )
-  if config.tasks:
-    compare_tasks(config, name, methods, draws[0], report)
 
 
 def plot_losses(path: pathlib.Path, rows: list[list], title: str) -> None:
@@ -215,15 +184,13 @@ def method_claims(name: str, loss: dict[str, list[float]]) -> list[Claim]:
   return claims
 
 
-def without_asymmetry(
-  config: ConfigDict, base: BaseModel, windows: np.ndarray, report: Report
-) -> None:
+def without_asymmetry(config: ConfigDict, base: BaseModel, score, report: Report) -> None:
   """The natural model, and outliers that lie on both sides of zero: what is left to the shift?"""
   natural = config.copy_and_resolve_references()
   natural.outliers = False
   variants = {
-    "natural model": [make_draw(natural, base, windows, seed, 0.0) for seed in config.seeds],
-    "symmetric outliers": [make_draw(config, base, windows, seed, 0.0) for seed in config.seeds],
+    variant: make_draws(changed, base, 0.0, variant, score)
+    for variant, changed in {"natural model": natural, "symmetric outliers": config}.items()
   }
   chosen = ("MinMax", "ZeroQuant", "OS+, scale only", "OS+")
   rows = []
@@ -231,9 +198,9 @@ def without_asymmetry(
     methods = main_methods(config, settings_of(config, name), {}, calibration_loss)
     methods = {method: methods[method] for method in chosen if method in methods}
     for variant, draws in variants.items():
-      measured = measure(methods, draws, windows)
+      measured = measure(f"{variant}, {name}", methods, draws, score)
       rows += [[variant, name, *row] for row in loss_rows(measured, draws)]
-      loss = {method: [nats(v) for v in values] for method, values in measured.items()}
+      loss = {method: [v.nats_per_token for v in values] for method, values in measured.items()}
       unit = f"({name}, {variant}, absolute difference in nats per token)"
       if variant == "natural model" and name == "W8A8":
         distance = [abs(a - b) for a, b in zip(loss["OS+"], loss["MinMax"])]
@@ -252,14 +219,14 @@ def without_asymmetry(
 
 
 def compare_ablations(
-  config: ConfigDict, name: str, draws: list[Draw], windows: np.ndarray, report: Report
+  config: ConfigDict, name: str, draws: list[Draw], score, report: Report
 ) -> None:
   """One thing changed at a time."""
   methods = {
     label: lambda model, tokens, changed=changed: quantize(model, tokens, changed)[0]
     for label, changed in ablations(settings_of(config, name)).items()
   }
-  measured = measure(methods, draws, windows)
+  measured = measure(f"ablations, {name}", methods, draws, score)
   report.tables.append(
     Table(
       f"Ablations, {name}, {kind(config)}",
@@ -268,7 +235,7 @@ def compare_ablations(
       note=f"Mean of {len(draws)} seeds.",
     )
   )
-  loss = {label: [nats(v) for v in values] for label, values in measured.items()}
+  loss = {label: [v.nats_per_token for v in values] for label, values in measured.items()}
   for other in ("loss of the next products", "loss of the tensor"):
     report.claims.append(
       Claim.less(
@@ -280,21 +247,26 @@ def compare_ablations(
     )
 
 
-def compare_families(config: ConfigDict, name: str, report: Report) -> None:
+def compare_families(
+  config: ConfigDict, name: str, measurements: Measurements, report: Report
+) -> None:
   """The same on another family of decoders."""
   base = base_model(name)
   windows = held_out_windows(config, base)
   shift = shift_of(config, base)
-  draws = [make_draw(config, base, windows, seed, shift) for seed in config.seeds]
+  score = functools.partial(score_method, windows, measurements)
+  draws = make_draws(config, base, shift, f"other model {name}", score)
   chosen = ("MinMax", "ZeroQuant", "SmoothQuant", "OS+")
   rows = []
   for setting in config.other_settings:
     methods = main_methods(config, settings_of(config, setting), {}, calibration_loss)
-    measured = measure({m: methods[m] for m in chosen if m in methods}, draws, windows)
+    methods = {m: methods[m] for m in chosen if m in methods}
+    what = f"other model {name}, {setting}"
+    measured = measure(what, methods, draws, score)
     rows += [[setting, *row] for row in loss_rows(measured, draws)]
     nothing = "MinMax" if "MinMax" in measured else "ZeroQuant"
     for other in (nothing, "SmoothQuant"):
-      loss = {method: [nats(v) for v in measured[method]] for method in ("OS+", other)}
+      loss = {method: [v.nats_per_token for v in measured[method]] for method in ("OS+", other)}
       statement = f"OS+ has lower loss than {other} ({setting}, {name}, nats per token)"
       report.claims.append(Claim.less(statement, loss))
   report.tables.append(
@@ -308,7 +280,11 @@ def compare_families(config: ConfigDict, name: str, report: Report) -> None:
 
 
 def sample_efficiency(
-  config: ConfigDict, base: BaseModel, windows: np.ndarray, workdir: pathlib.Path, report: Report
+  config: ConfigDict,
+  base: BaseModel,
+  score,
+  workdir: pathlib.Path,
+  report: Report,
 ) -> None:
   """Loss against the number of calibration sequences: both halves depend on extremes."""
   name = config.settings[min(1, len(config.settings) - 1)]
@@ -318,10 +294,12 @@ def sample_efficiency(
   for size in config.sample_sizes:
     changed = config.copy_and_resolve_references()
     changed.calibration_samples = size
-    draws = [make_draw(changed, base, windows, seed, shift) for seed in config.seeds]
+    what = f"{size} sequences"
+    draws = make_draws(changed, base, shift, what, score)
     methods = main_methods(config, settings, {}, calibration_loss)
     methods = {m: methods[m] for m in ("SmoothQuant", "OS+, scale only", "OS+")}
-    for row in loss_rows(measure(methods, draws, windows), draws):
+    measured = measure(what, methods, draws, score)
+    for row in loss_rows(measured, draws):
       curves[row[0]].append((row[2], row[3] or 0.0))
   sizes = list(config.sample_sizes)
   plots.line_plot(
@@ -346,7 +324,6 @@ def sample_efficiency(
 
 def folded_model(
   config: ConfigDict,
-  base: BaseModel,
   draw: Draw,
   windows: np.ndarray,
   workdir: pathlib.Path,
@@ -354,8 +331,9 @@ def folded_model(
 ) -> None:
   """What a user takes home: the folded checkpoint; and what the shift and scale do to ranges."""
   name = config.settings[min(1, len(config.settings) - 1)]
-  _, found = quantize(draw.model, draw.tokens, settings_of(config, name))
-  folded = fold_model(draw.model, found)
+  model = draw.model()
+  _, found = quantize(model, draw.tokens, settings_of(config, name))
+  folded = fold_model(model, found)
   # A norm of a post-norm block is also read by the residual branch, which a checkpoint of the plain
   # architecture has no place to undo it in.
   if folded.config.norm_placement == "pre":
@@ -369,7 +347,7 @@ def folded_model(
       )
     )
   index = len(folded.blocks) // 2
-  shapes, channels = site_ranges(draw, found, index)
+  shapes, channels = site_ranges(model, draw.tokens, found, index)
   report.tables.append(
     Table(
       f"Ranges of activations (max - min), block {index}, {kind(config)}",
@@ -398,15 +376,15 @@ def folded_model(
   )
 
 
-def site_ranges(draw: Draw, found, index: int) -> tuple[list[list], dict]:
+def site_ranges(model: Decoder, tokens: Array, found, index: int) -> tuple[list[list], dict]:
   """Rows of the table of ranges, and the curves of the figure, of one block."""
-  x, context = draw.model.stem(draw.tokens)
-  for block in draw.model.blocks[:index]:
+  x, context = model.stem(tokens)
+  for block in model.blocks[:index]:
     x = run_block(block, x, context)
-  inputs = block_inputs(draw.model.blocks[index], x, context)
+  inputs = block_inputs(model.blocks[index], x, context)
   rows, curves = [], {}
   width = lambda low, high: float(high.max() - low.min())
-  for site in sites(draw.model.config):
+  for site in sites(model.config):
     if site.previous not in found[index]:
       continue
     shift, scale, search = found[index][site.previous]
@@ -432,13 +410,26 @@ def _ranges_on_the_way(x: Array, shift: Array, scale: Array):
   return channel_range(x), channel_range(x - shift), channel_range((x - shift) / scale)
 
 
-def compare_tasks(config: ConfigDict, name: str, methods, draw: Draw, report: Report) -> None:
+def compare_tasks(
+  config: ConfigDict,
+  base: BaseModel,
+  name: str,
+  draw: Draw,
+  measurements: Measurements,
+  report: Report,
+) -> None:
   """Zero-shot accuracies by EleutherAI's harness."""
-  tokenizer = base_model(config.model).tokenizer
+  methods = main_methods(config, settings_of(config, name), {}, calibration_loss)
+  original = functools.cache(draw.model)
+
+  def measure(method) -> list[float]:
+    model = method(original(), draw.tokens)
+    return zero_shot_accuracies(model, base.tokenizer, config.tasks, limit=config.task_limit)
+
   rows = []
-  for label, method in {"full precision": lambda model, _: model, **methods}.items():
-    model = method(draw.model, draw.tokens)
-    accuracies = zero_shot_accuracies(model, tokenizer, config.tasks, limit=config.task_limit)
+  for label, method in {"full precision": unchanged, **methods}.items():
+    of_method = functools.partial(measure, method)
+    accuracies = measurements.get(f"tasks, {name}, {label}", of_method)
     rows.append([label, *accuracies, float(np.mean(accuracies))])
   columns = [Column(task, ".4f", better="higher") for task in (*config.tasks, "mean")]
   report.tables.append(Table(f"Zero-shot accuracy, {name}", ["method", *columns], rows))

@@ -1,5 +1,6 @@
 """A pretrained encoder with weights and activations of few bits: embeddings, retrieval, GLUE."""
 
+import functools
 import pathlib
 
 import jax
@@ -19,6 +20,7 @@ from common.evaluation.text_classification import Texts, encode_texts, read_task
 from common.models.encoder import Encoder
 from common.paths import models_dir
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.outlier_suppression_plus.methods import main_methods, settings_of
 from projects.outlier_suppression_plus.outlier_suppression_plus import check_model
@@ -26,7 +28,9 @@ from projects.outlier_suppression_plus.outlier_suppression_plus import check_mod
 Array = jax.Array
 
 
-def compare_on_encoder(config: ConfigDict, workdir: pathlib.Path, report: Report) -> None:
+def compare_on_encoder(
+  config: ConfigDict, measurements: Measurements, workdir: pathlib.Path, report: Report
+) -> None:
   """Retrieval with sentence embeddings; or a classification task, if the config names its files."""
   given = pathlib.Path(config.encoder).expanduser()
   folder = given if given.is_dir() else models_dir(config.encoder)
@@ -36,13 +40,18 @@ def compare_on_encoder(config: ConfigDict, workdir: pathlib.Path, report: Report
   for name in config.encoder_settings:
     check_model(model, settings_of(config, name))
   if config.labelled_train or config.labelled_test:
-    compare_on_task(config, model, tokenizer, report)
+    compare_on_task(config, model, tokenizer, measurements, report)
   else:
-    compare_on_retrieval(config, model, tokenizer, workdir, report)
+    compare_on_retrieval(config, model, tokenizer, measurements, workdir, report)
 
 
 def compare_on_retrieval(
-  config: ConfigDict, model: Encoder, tokenizer, workdir: pathlib.Path, report: Report
+  config: ConfigDict,
+  model: Encoder,
+  tokenizer,
+  measurements: Measurements,
+  workdir: pathlib.Path,
+  report: Report,
 ) -> None:
   """Similarity of the embeddings to full precision's, and nDCG@10."""
   whole = load_collection()
@@ -54,8 +63,15 @@ def compare_on_retrieval(
     embeddings = embed_texts(encoder, tokenizer, texts, max_length=config.encoder_length)
     return np.split(embeddings, [len(collection.queries)])
 
-  full = embed(model)
-  rows = [["full precision", None, 1.0, None, ndcg(full, collection), None]]
+  full = functools.cache(lambda: embed(model))
+
+  def score(method, texts: Texts) -> tuple[float, float]:
+    embedded = embed(method(model, texts.tokens))
+    similarity = embedding_similarity(np.concatenate(embedded), np.concatenate(full()))
+    return similarity, ndcg(embedded, collection)
+
+  full_ndcg = measurements.get("encoder, full precision", lambda: ndcg(full(), collection))
+  rows = [["full precision", None, 1.0, None, full_ndcg, None]]
   similarity = {}
   jobs = [(name, seed) for name in config.encoder_settings for seed in range(len(calibrations))]
   measured = {}
@@ -63,10 +79,9 @@ def compare_on_retrieval(
     texts = calibrations[seed]
     methods = main_methods(config, settings_of(config, name), ids_of(texts), hidden_error(texts))
     for label in [method for method in config.encoder_methods if method in methods]:
-      method = methods[label]
-      embedded = embed(method(model, texts.tokens))
-      score = embedding_similarity(np.concatenate(embedded), np.concatenate(full))
-      measured.setdefault((name, label), []).append((score, ndcg(embedded, collection)))
+      of_method = functools.partial(score, methods[label], texts)
+      found = measurements.get(f"encoder, {name}, {label}, seed {config.seeds[seed]}", of_method)
+      measured.setdefault((name, label), []).append(found)
   for (name, label), values in measured.items():
     mean = np.mean(values, axis=0)
     spread = np.std(values, axis=0, ddof=1) if len(values) > 1 else (None, None)
@@ -158,7 +173,9 @@ def calibration_texts(
   return encode_texts(tokenizer, [(others[i],) for i in chosen], config.encoder_length)
 
 
-def compare_on_task(config: ConfigDict, model: Encoder, tokenizer, report: Report) -> None:
+def compare_on_task(
+  config: ConfigDict, model: Encoder, tokenizer, measurements: Measurements, report: Report
+) -> None:
   """A GLUE task: accuracy, F1 and Matthews correlation of a fine-tuned classifier."""
   task = read_task(
     config.labelled_train,
@@ -171,12 +188,12 @@ def compare_on_task(config: ConfigDict, model: Encoder, tokenizer, report: Repor
   )
 
   def models():
-    yield "full precision", None, model
+    yield "full precision", None, lambda: model
     for name in config.encoder_settings:
       settings = settings_of(config, name)
       texts = task.calibration
       methods = main_methods(config, settings, ids_of(texts), hidden_error(texts))
       for label in [method for method in config.encoder_methods if method in methods]:
-        yield label, name, methods[label](model, texts.tokens)
+        yield label, name, functools.partial(methods[label], model, texts.tokens)
 
-  report.tables.append(task_table(config.encoder, "setting", task, models()))
+  report.tables.append(task_table(config.encoder, "setting", task, models(), measurements))

@@ -1,7 +1,9 @@
 """VPTQ against its baselines on one model: the paper's tables and claims at the config's size."""
 
+import functools
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,10 +17,11 @@ from common.evaluation.multiple_choice import choice_accuracy, continuation_ques
 from common.evaluation.perplexity import WindowLosses, window_losses
 from common.models.base import BaseModel, base_model
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.vptq.blocks import model_hessians, quantize_with_hessians
 from projects.vptq.methods import (
-  Quantized,
+  Method,
   ablations,
   calibration,
   held_out_windows,
@@ -28,63 +31,95 @@ from projects.vptq.methods import (
 )
 
 
+class Outcome(NamedTuple):
+  """What the tables need of a method's result; the bits and proxy errors are `Quantized`'s."""
+
+  index_bits: float
+  bits: float
+  proxy_errors: dict[str, float] | None
+  losses: WindowLosses
+  seconds: float
+
+
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Runs every part that the config asks for."""
   require_harness(config.tasks)
   base = base_model(config.model)
   windows = held_out_windows(config, base)
-  full = window_losses(base.model, windows)
+  measurements = Measurements(workdir, config, (Outcome, WindowLosses))
+  full = measurements.get("full precision", lambda: window_losses(base.model, windows))
   report = Report(tables=[], figures=[], claims=[])
-  results: dict[str, list[tuple[Quantized, WindowLosses, float]]] = {}
-  last = None
+  results: dict[str, list[Outcome]] = {}
   for seed in track(config.seeds, "VPTQ", console=Console(stderr=True)):
     tokens = calibration(config, base, seed)
-    hessians = model_hessians(base.model, tokens)
+    hessians = functools.cache(functools.partial(model_hessians, base.model, tokens))
     key = jax.random.key(seed)
-    for name, make in main_methods(config, base.model, tokens, hessians, key):
-      start = time.perf_counter()
-      quantized = make()
-      jax.block_until_ready(quantized.model)
-      seconds = time.perf_counter() - start
-      losses = window_losses(quantized.model, windows)
-      # Models are large: of all seeds only the last model that is shown is kept.
-      if quantized.packed is not None:
-        last = quantized._replace(model=None)
-      results.setdefault(name, []).append(
-        (quantized._replace(model=None, packed=None), losses, seconds)
+    for method in main_methods(config, base.model, tokens, hessians, key):
+      measure = functools.partial(measure_method, method, windows)
+      results.setdefault(method.name, []).append(
+        measurements.get(f"{method.name}, seed {seed}", measure)
       )
     if seed == config.seeds[0]:
-      first = hessians, key
+      ablated = measure_ablations(config, base, windows, hessians, key, measurements)
+      stages = measurements.get(
+        "stages", functools.partial(stage_errors, config, base, hessians, key)
+      )
   main_table(config, full, results, workdir, report)
-  lengths = ablation_tables(config, base, windows, full, results, *first, report)
-  stage_table(config, base, *first, report)
+  lengths = ablation_table(config, full, results, ablated, report)
+  stage_table(stages, report)
   report.claims.extend(claims(config, full, results, lengths))
-  packed_model(config, base, last, windows, report)
+  packed_model(config, base, method, results, windows, measurements, report)
   return report
 
 
-def _mean_nll(losses: WindowLosses) -> float:
-  return float(losses.nll.mean() / losses.tokens)
+def measure_method(method: Method, windows: np.ndarray) -> Outcome:
+  """Quantizes with one method, and scores the windows (int32 [windows, seq])."""
+  jax.block_until_ready(method.source())
+  start = time.perf_counter()
+  quantized = method.make()
+  jax.block_until_ready(quantized.model)
+  seconds = time.perf_counter() - start
+  losses = window_losses(quantized.model, windows)
+  return Outcome(quantized.index_bits, quantized.bits, quantized.proxy_errors, losses, seconds)
 
 
-def _mean_proxy(quantized: Quantized) -> float | None:
-  proxies = quantized.proxy_errors
+def measure_ablations(
+  config, base: BaseModel, windows, hessians, key, measurements: Measurements
+) -> list[tuple[str, str, Outcome]]:
+  """(table, row, outcome) of the ablations beyond the main table."""
+  rows = []
+  for table, name, settings in ablations(config):
+    make = lambda settings=settings: quantize_vptq(base.model, hessians(), settings, key)
+    measure = functools.partial(measure_method, Method(name, hessians, make), windows)
+    rows.append((table, name, measurements.get(f"ablation {len(rows)}, {name}", measure)))
+  return rows
+
+
+def stage_errors(config, base: BaseModel, hessians, key) -> dict[str, list[float]]:
+  """{path of the linear: its proxy error after each stage} of the two-stage variant."""
+  _, errors = quantize_with_hessians(base.model, hessians(), residual_settings(config), key)
+  return {path: [float(e) for e in error] for path, error in errors.items()}
+
+
+def _mean_proxy(outcome: Outcome) -> float | None:
+  proxies = outcome.proxy_errors
   return None if proxies is None else float(np.mean(list(proxies.values())))
 
 
-def main_table(config, full: WindowLosses, results, workdir, report: Report) -> None:
+def main_table(
+  config, full: WindowLosses, results: dict[str, list[Outcome]], workdir, report: Report
+) -> None:
   rows = [["full precision", 32.0, 32.0, None, full.perplexity, None, None, None]]
   excess = {}
   for name, values in results.items():
-    quantized = values[0][0]
-    perplexities = [losses.perplexity for _, losses, _ in values]
-    excess[name] = [_mean_nll(losses) - _mean_nll(full) for _, losses, _ in values]
-    proxies = [_mean_proxy(q) for q, _, _ in values]
+    perplexities = [outcome.losses.perplexity for outcome in values]
+    excess[name] = [outcome.losses.nats_per_token - full.nats_per_token for outcome in values]
+    proxies = [_mean_proxy(outcome) for outcome in values]
     rows.append(
-      [name, quantized.index_bits, quantized.bits]
+      [name, values[0].index_bits, values[0].bits]
       + [None if None in proxies else float(np.mean(proxies)), float(np.mean(perplexities))]
       + [float(np.std(perplexities, ddof=1)) if len(values) > 1 else None]
-      + [float(np.mean(excess[name])), min(seconds for _, _, seconds in values)]
+      + [float(np.mean(excess[name])), min(outcome.seconds for outcome in values)]
     )
   report.tables.append(
     Table(
@@ -128,31 +163,32 @@ def main_table(config, full: WindowLosses, results, workdir, report: Report) -> 
   )
 
 
-def ablation_tables(
-  config, base: BaseModel, windows, full, results, hessians, key, report: Report
+def ablation_table(
+  config,
+  full: WindowLosses,
+  results: dict[str, list[Outcome]],
+  ablated: list[tuple[str, str, Outcome]],
+  report: Report,
 ) -> dict[str, float]:
   """One table of all ablations on the first seed; returns {row: nats per token}."""
-  reference, reference_losses, _ = results["VPTQ"][0]
-  row = lambda table, name, quantized, losses: [
-    table,
-    name,
-    quantized.index_bits,
-    quantized.bits,
-    _mean_proxy(quantized),
-    losses.perplexity,
-    _mean_nll(losses) - _mean_nll(full),
-  ]
   label = f"v={config.vector_length}, k={config.num_centroids}"
-  rows = [row("main", label, reference, reference_losses)]
+  outcomes = [("main", label, results["VPTQ"][0])]
   if config.outliers:
-    outliers, losses, _ = results["VPTQ, outliers"][0]
-    rows.append(row("outliers", f"{config.outliers[0]:.0%} outliers", outliers, losses))
-  nll = {label: _mean_nll(reference_losses)}
-  for table, name, method in ablations(config):
-    quantized = quantize_vptq(name, base.model, hessians, method, key)
-    losses = window_losses(quantized.model, windows)
-    nll[name] = _mean_nll(losses)
-    rows.append(row(table, name, quantized, losses))
+    outliers = results["VPTQ, outliers"][0]
+    outcomes.append(("outliers", f"{config.outliers[0]:.0%} outliers", outliers))
+  outcomes += ablated
+  rows = [
+    [
+      table,
+      name,
+      outcome.index_bits,
+      outcome.bits,
+      _mean_proxy(outcome),
+      outcome.losses.perplexity,
+      outcome.losses.nats_per_token - full.nats_per_token,
+    ]
+    for table, name, outcome in outcomes
+  ]
   rows.sort(key=lambda r: ("main", "length", "outliers", "groups", "switches").index(r[0]))
   report.tables.append(
     Table(
@@ -173,15 +209,14 @@ def ablation_tables(
       ),
     )
   )
-  return nll
+  return {name: outcome.losses.nats_per_token for _, name, outcome in outcomes}
 
 
-def stage_table(config, base: BaseModel, hessians, key, report: Report) -> None:
+def stage_table(errors: dict[str, list[float]], report: Report) -> None:
   """The proxy error after each stage of the two-stage variant, per kind of linear."""
-  _, errors = quantize_with_hessians(base.model, hessians, residual_settings(config), key)
   kinds: dict[str, list] = {}
   for path, error in errors.items():
-    kinds.setdefault(path.split(".", 2)[2], []).append([float(e) for e in error])
+    kinds.setdefault(path.split(".", 2)[2], []).append(error)
   rows = [[kind, *np.mean(values, axis=0).tolist()] for kind, values in kinds.items()]
   report.tables.append(
     Table(
@@ -198,10 +233,15 @@ def stage_table(config, base: BaseModel, hessians, key, report: Report) -> None:
   )
 
 
-def claims(config, full: WindowLosses, results, lengths: dict[str, float]) -> list[Claim]:
+def claims(
+  config,
+  full: WindowLosses,
+  results: dict[str, list[Outcome]],
+  lengths: dict[str, float],
+) -> list[Claim]:
   """The paper's statements, one number per seed."""
-  nll = {name: [_mean_nll(losses) for _, losses, _ in v] for name, v in results.items()}
-  proxy = {name: [q.proxy_errors for q, _, _ in v] for name, v in results.items()}
+  nll = {name: [outcome.losses.nats_per_token for outcome in v] for name, v in results.items()}
+  proxy = {name: [outcome.proxy_errors for outcome in v] for name, v in results.items()}
   mean = lambda name: [float(np.mean(list(errors.values()))) for errors in proxy[name]]
   pair = lambda values, a, b: {a: values(a), b: values(b)}
 
@@ -248,7 +288,7 @@ def claims(config, full: WindowLosses, results, lengths: dict[str, float]) -> li
     ),
     Claim.greater(
       "VPTQ stays above full precision (nats per token)",
-      [value - _mean_nll(full) for value in loss("VPTQ")],
+      [value - full.nats_per_token for value in loss("VPTQ")],
     ),
   ]
   if config.outliers:
@@ -267,17 +307,22 @@ def claims(config, full: WindowLosses, results, lengths: dict[str, float]) -> li
   return found
 
 
-def packed_model(config, base: BaseModel, last: Quantized, windows, report: Report) -> None:
+def packed_model(
+  config,
+  base: BaseModel,
+  last: Method,
+  results: dict[str, list[Outcome]],
+  windows,
+  measurements: Measurements,
+  report: Report,
+) -> None:
   """What a user takes home: the last tuned model with packed indices, its speed and its answers."""
   questions = continuation_questions(
     windows[: config.choice_questions], choice_length=8, num_choices=4, seed=0
   )
   prompt = windows[0][:24].tolist()
-  rows = []
-  for name, model, bits in (
-    ("full precision", base.model, 32.0),
-    (f"{last.name}, packed", last.packed, last.bits),
-  ):
+
+  def use(model) -> list[float]:
     losses = window_losses(model, windows)  # The first call compiles.
     start = time.perf_counter()
     window_losses(model, windows)
@@ -287,8 +332,17 @@ def packed_model(config, base: BaseModel, last: Quantized, windows, report: Repo
     (continuation,) = generate(model, [prompt], max_new_tokens=24)
     decoding = len(continuation) / (time.perf_counter() - start)
     accuracy = choice_accuracy(model, questions).accuracy
-    rows.append([name, bits, losses.perplexity, scoring, decoding, accuracy])
-    rows[-1] += zero_shot_accuracies(model, base.tokenizer, config.tasks)
+    tasks = zero_shot_accuracies(model, base.tokenizer, config.tasks)
+    return [losses.perplexity, scoring, decoding, accuracy, *tasks]
+
+  rows = [
+    ["full precision", 32.0, *measurements.get("full precision, use", lambda: use(base.model))],
+    [
+      f"{last.name}, packed",
+      results[last.name][-1].bits,
+      *measurements.get(f"{last.name}, use", lambda: use(last.make().packed)),
+    ],
+  ]
   report.tables.append(
     Table(
       "The packed model",

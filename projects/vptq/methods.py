@@ -1,5 +1,6 @@
 """What is compared, and on what: the methods, the calibration draws and the evaluation text."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from projects.vptq.blocks import (
 )
 from projects.vptq.finetune import Finetuning, finetune_model
 from projects.vptq.gptvq import gptvq
-from projects.vptq.vptq import VPTQSettings, proxy_error
+from projects.vptq.vptq import ProxyErrors, VPTQSettings, proxy_error
 
 Array = jax.Array
 Hessians = list[dict[str, Array]]
@@ -34,7 +35,6 @@ class Quantized(NamedTuple):
   """One method's result.
 
   Attributes:
-    name: the method's.
     model: with dense kernels, which one compiled program evaluates.
     packed: the same with packed indices, or None.
     index_bits: bits of the codes alone, per weight.
@@ -44,12 +44,26 @@ class Quantized(NamedTuple):
       made for other inputs.
   """
 
-  name: str
   model: Decoder
   packed: Decoder | None
   index_bits: float
   bits: float
   proxy_errors: dict[str, float] | None
+
+
+class Method(NamedTuple):
+  """A row of the main table.
+
+  Attributes:
+    name: of the row.
+    source: computes what `make` starts from and other methods share, and caches it: apart, so that
+      no method's time includes it.
+    make: quantizes.
+  """
+
+  name: str
+  source: Callable[[], object]
+  make: Callable[[], Quantized]
 
 
 def settings(config: ConfigDict, **changes) -> VPTQSettings:
@@ -100,11 +114,17 @@ def calibration(config: ConfigDict, base: BaseModel, seed: int) -> Array:
 
 
 def quantize_vptq(
-  name: str, model: Decoder, hessians: Hessians, method: VPTQSettings, key: Array
+  model: Decoder, hessians: Hessians, method: VPTQSettings, key: Array
 ) -> Quantized:
-  packed, errors = quantize_with_hessians(model, hessians, method, key)
-  proxies = {path: float(e.residual) for path, e in errors.items()}
-  return Quantized(name, dense(packed, model), packed, *bits_of(packed), proxies)
+  return stored(model, *quantize_with_hessians(model, hessians, method, key))
+
+
+def stored(
+  model: Decoder, packed: Decoder, errors: dict[str, ProxyErrors] | None = None
+) -> Quantized:
+  """The result whose model with packed indices is `packed`; `errors`: see `Quantized`."""
+  proxies = None if errors is None else {path: float(e.residual) for path, e in errors.items()}
+  return Quantized(dense(packed, model), packed, *bits_of(packed), proxies)
 
 
 def bits_of(packed: Decoder) -> tuple[float, float]:
@@ -137,86 +157,79 @@ def quantize_gptvq(
     set_kernels(result.blocks[i], new)
   sizes, index, stored = np.array(bits).T
   mean = lambda b: float((b * sizes).sum() / sizes.sum())
-  return Quantized("GPTVQ-like", result, None, mean(index), mean(stored), proxies)
+  return Quantized(result, None, mean(index), mean(stored), proxies)
 
 
 def integer_baselines(
-  config: ConfigDict, model: Decoder, tokens: Array, hessians: Hessians
-) -> Iterator[tuple[str, Callable[[], Quantized]]]:
+  config: ConfigDict, model: Decoder, tokens: Array, hessians: Callable[[], Hessians]
+) -> Iterator[Method]:
   """RTN and GPTQ; GPTQ calibrates on the quantized stream, as its authors do."""
   format = IntegerFormat(config.bits, config.group_size, scale_dtype=jnp.float16)
 
-  def finished(name: str, packed: Decoder) -> Quantized:
+  def finished(packed: Decoder) -> Quantized:
     result, proxies = nnx.clone(model), {}
     for i, block in enumerate(packed.blocks):
       new = {path: weight.dequantize() for path, weight in quantized_weights(block).items()}
       for path, w in get_kernels(model.blocks[i]).items():
-        proxies[f"blocks.{i}.{path}"] = float(proxy_error(w, new[path], hessians[i][path]))
+        proxies[f"blocks.{i}.{path}"] = float(proxy_error(w, new[path], hessians()[i][path]))
       set_kernels(result.blocks[i], new)
     bits = bits_per_weight(packed.blocks)
-    return Quantized(name, result, None, config.bits, bits, proxies)
+    return Quantized(result, None, config.bits, bits, proxies)
 
   def rtn() -> Quantized:
     packed = nnx.clone(model)
     packed.blocks = nnx.List([rtn_block(block, format) for block in model.blocks])
-    return finished("RTN", packed)
+    return finished(packed)
 
   def gptq() -> Quantized:
     block = lambda i, block, x, context: gptq_block(block, x, context, format)
-    return finished("GPTQ", quantize_model(model, tokens, block, stream="quantized"))
+    return finished(quantize_model(model, tokens, block, stream="quantized"))
 
-  yield "RTN", rtn
-  yield "GPTQ", gptq
+  yield Method("RTN", hessians, rtn)
+  yield Method("GPTQ", hessians, gptq)
 
 
 def main_methods(
-  config: ConfigDict, model: Decoder, tokens: Array, hessians: Hessians, key: Array
-) -> Iterator[tuple[str, Callable[[], Quantized]]]:
-  """(name, how to make it) of the main table for one seed, in order.
+  config: ConfigDict, model: Decoder, tokens: Array, hessians: Callable[[], Hessians], key: Array
+) -> Iterator[Method]:
+  """The main table's methods for one seed, in order.
 
   All vector quantizers with the same vectors start their k-means from the same draw.
+
+  Args:
+    hessians: of the calibration tokens, cached.
   """
   main = settings(config)
   yield from integer_baselines(config, model, tokens, hessians)
-  made = {}
 
-  def vptq(name: str, method: VPTQSettings):
-    def make() -> Quantized:
-      result = quantize_vptq(name, model, hessians, method, key)
-      made[name] = result.packed  # Not the dense model, which may be large.
-      return result
+  def vptq(name: str, method: VPTQSettings) -> Method:
+    return Method(name, hessians, lambda: quantize_vptq(model, hessians(), method, key))
 
-    return name, make
+  # Tuning starts from the model of another row. It is kept packed, as the dense one may be large, and
+  # made again where a run that was killed has measured its row.
+  @functools.cache
+  def untuned():
+    return quantize_with_hessians(model, hessians(), main, key)
 
-  yield "GPTVQ-like", lambda: quantize_gptvq(model, hessians, main, key)
+  @functools.cache
+  def layer_tuned() -> Decoder:
+    finetuning = Finetuning(*config.layer_finetuning)
+    return finetune_blocks(untuned()[0], model, tokens, key, finetuning)
+
+  @functools.cache
+  def tuned() -> Decoder:
+    finetuning = Finetuning(*config.end_to_end_finetuning)
+    return finetune_model(layer_tuned(), model, tokens, key, finetuning)[0]
+
+  yield Method("GPTVQ-like", hessians, lambda: quantize_gptvq(model, hessians(), main, key))
   yield vptq("k-means", settings(config, feedback=False, hessian_weighted=False))
   yield vptq("weighted k-means", settings(config, feedback=False))
-  yield vptq("VPTQ", main)
+  yield Method("VPTQ", hessians, lambda: stored(model, *untuned()))
   yield vptq("VPTQ, residual", residual_settings(config))
   if config.outliers:
     yield vptq("VPTQ, outliers", outlier_settings(config, config.outliers[0]))
-
-  def tuned(name: str, packed: Decoder) -> Quantized:
-    made[name] = packed
-    return Quantized(name, dense(packed, model), packed, *bits_of(packed), None)
-
-  layer_name, model_name = "VPTQ, layer-wise tuned", "VPTQ, tuned end to end"
-  yield (
-    layer_name,
-    lambda: tuned(
-      layer_name,
-      finetune_blocks(made["VPTQ"], model, tokens, key, Finetuning(*config.layer_finetuning)),
-    ),
-  )
-  yield (
-    model_name,
-    lambda: tuned(
-      model_name,
-      finetune_model(
-        made[layer_name], model, tokens, key, Finetuning(*config.end_to_end_finetuning)
-      )[0],
-    ),
-  )
+  yield Method("VPTQ, layer-wise tuned", untuned, lambda: stored(model, layer_tuned()))
+  yield Method("VPTQ, tuned end to end", layer_tuned, lambda: stored(model, tuned()))
 
 
 def ablations(config: ConfigDict) -> Iterator[tuple[str, str, VPTQSettings]]:

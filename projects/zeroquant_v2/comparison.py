@@ -1,22 +1,24 @@
 """The four methods at the paper's settings, with a scale per row and fine-grained, with and without
 LoRC (sections 4 and 5)."""
 
+import functools
 import pathlib
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from common.models.base import BaseModel
-from common.quantization.low_rank import bits_per_weight
+from common.models.decoder import Decoder
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.zeroquant_v2.evaluation import (
   Evaluation,
   activation_format,
   calibration,
   dense_model,
-  nats,
   parse_setting,
 )
 from projects.zeroquant_v2.methods import (
@@ -24,8 +26,11 @@ from projects.zeroquant_v2.methods import (
   integer_format,
   quantize_model_weights,
   settings_of,
+  stored_bits,
 )
+from projects.zeroquant_v2.zeroquant_v2 import ZeroQuantSettings
 
+Array = jax.Array
 ROW = "row"
 
 
@@ -56,15 +61,17 @@ def compare_methods(
   config: ConfigDict,
   bases: dict[str, BaseModel],
   evaluation: Evaluation,
+  measurements: Measurements,
   workdir: pathlib.Path,
   report: Report,
 ) -> None:
   """Adds a table per model, a plot of the first one, and the claims."""
   cells, full = {}, {}
   for name in config.method_models:
-    losses = evaluation.losses(bases[name].model)
-    full[name] = nats(losses)
-    cells[name] = measure(config, bases[name], evaluation)
+    score = functools.partial(evaluation.losses, bases[name].model)
+    losses = measurements.get(f"methods, {name}, full precision", score)
+    full[name] = losses.nats_per_token
+    cells[name] = measure(config, name, bases[name], evaluation, measurements)
     report.tables.append(
       method_table(config, name, full[name], evaluation.mean_perplexity(losses), cells[name])
     )
@@ -73,8 +80,10 @@ def compare_methods(
   plot_methods(config, first, full[first], cells[first], workdir, report)
 
 
-def measure(config: ConfigDict, base: BaseModel, evaluation: Evaluation) -> Cells:
-  """Every method at every setting, for every calibration draw."""
+def measure(
+  config: ConfigDict, name: str, base: BaseModel, evaluation: Evaluation, measurements: Measurements
+) -> Cells:
+  """Every method at every setting, for every calibration draw of one model."""
   draws = {seed: calibration(config, base, seed) for seed in config.seeds}
   cells = {}
   for setting, group_size in config.method_settings:
@@ -84,23 +93,40 @@ def measure(config: ConfigDict, base: BaseModel, evaluation: Evaluation) -> Cell
     scales = scales_name(group_size)
     for method in config.methods:
       settings = settings_of(config, method, format, activations)
-      measured = {0: [], config.rank: []}
       # Rounding to nearest does not look at the calibration text: one draw is all draws.
-      for seed, tokens in list(draws.items())[: 1 if method == "RTN" else None]:
-        weights = quantize_model_weights(base.model, tokens, settings, seed)
-        for rank, found in measured.items():
-          factors = factors_of(base.model, weights, rank, config.factor_bits)
-          losses = evaluation.losses(dense_model(base.model, weights, factors, activations))
-          flat = lambda blocks: [v for block in blocks for v in block.values()]
-          stored = bits_per_weight(flat(weights), flat(factors))
-          found.append((nats(losses), evaluation.mean_perplexity(losses), stored))
-      for rank, found in measured.items():
-        found = found * len(draws) if method == "RTN" else found
-        loss, perplexity, stored = zip(*found)
+      found = [
+        measurements.get(
+          f"methods, {name}, {setting}, {scales}, {method}, seed {seed}",
+          functools.partial(measure_draw, config, base.model, evaluation, settings, tokens, seed),
+        )
+        for seed, tokens in list(draws.items())[: 1 if method == "RTN" else None]
+      ]
+      found = found * len(draws) if method == "RTN" else found
+      for rank in (0, config.rank):
+        loss, perplexity, stored = zip(*[of_draw[rank] for of_draw in found])
         cells[setting, scales, method, rank] = Cell(
           list(loss), float(np.mean(perplexity)), stored[0]
         )
   return cells
+
+
+def measure_draw(
+  config: ConfigDict,
+  model: Decoder,
+  evaluation: Evaluation,
+  settings: ZeroQuantSettings,
+  tokens: Array,
+  seed: int,
+) -> dict[int, tuple[float, float, float]]:
+  """{rank of LoRC: (nats per token, mean perplexity, bits per weight)} of one draw."""
+  weights = quantize_model_weights(model, tokens, settings, seed)
+  measured = {}
+  for rank in (0, config.rank):
+    factors = factors_of(model, weights, rank, config.factor_bits)
+    losses = evaluation.losses(dense_model(model, weights, factors, settings.activations))
+    bits = stored_bits(weights, factors)
+    measured[rank] = losses.nats_per_token, evaluation.mean_perplexity(losses), bits
+  return measured
 
 
 def method_table(config: ConfigDict, name, full: float, full_perplexity: float, cells: Cells):

@@ -69,11 +69,6 @@ def calibration(config: ConfigDict, base: BaseModel, seed: int) -> Array:
   )
 
 
-def nats(losses: WindowLosses) -> float:
-  """Mean negative log-likelihood, nats per token."""
-  return float(losses.nll.mean() / losses.tokens)
-
-
 def degradation_class(degradation: float) -> str:
   """The paper's class of a rise of the mean perplexity (section 3)."""
   if degradation <= 0.1:

@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.progress import track
 
 from common.errors import UserError
+from common.evaluation.perplexity import WindowLosses
 from common.models.base import BaseModel, base_model
 from common.quantization.checkpoint import check_format
+from common.reporting.measurements import Measurements
 from common.reporting.report import Report
 from projects.zeroquant_v2.comparison import compare_methods
 from projects.zeroquant_v2.evaluation import load_evaluation, parse_setting
-from projects.zeroquant_v2.lorc_study import study_lorc
+from projects.zeroquant_v2.lorc_study import Scored, study_lorc
 from projects.zeroquant_v2.methods import integer_format, settings_of
 from projects.zeroquant_v2.sensitivity import sensitivity_study
 
@@ -25,8 +27,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   check_models(config, bases)
   # One tokenizer per family of checkpoints; the windows are those of the first model.
   evaluation = load_evaluation(config, next(iter(bases.values())))
+  measurements = Measurements(workdir, config, (Scored, WindowLosses))
   report = Report(tables=[], figures=[], claims=[])
-  setting = (config, bases, evaluation, workdir, report)
+  setting = (config, bases, evaluation, measurements, workdir, report)
   parts = [functools.partial(f, *setting) for f in (sensitivity_study, compare_methods, study_lorc)]
   for part in track(parts, "ZeroQuant-V2", console=Console(stderr=True)):
     part()

@@ -1,42 +1,59 @@
 """LoRC on top of rounding to nearest: its rank, its factors' bits, block sizes, the error's spectrum."""
 
+import functools
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from common.evaluation.perplexity import paired_difference
+from common.evaluation.perplexity import WindowLosses, paired_difference
 from common.models.base import BaseModel
 from common.quantization.linear import get_kernels
-from common.quantization.low_rank import bits_per_weight, residual_energy
+from common.quantization.low_rank import residual_energy
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
-from projects.zeroquant_v2.evaluation import Evaluation, dense_kernels, dense_model, nats
+from projects.zeroquant_v2.evaluation import Evaluation, dense_kernels, dense_model
 from projects.zeroquant_v2.methods import (
   factors_of,
   integer_format,
   quantize_model_weights,
   settings_of,
+  stored_bits,
 )
 
+Array = jax.Array
 spectrum = jax.jit(lambda error: -jnp.diff(residual_energy(error)))
+
+
+class Scored(NamedTuple):
+  """What is measured of a quantized model; `bits` are stored per weight."""
+
+  losses: WindowLosses
+  bits: float
 
 
 def study_lorc(
   config: ConfigDict,
   bases: dict[str, BaseModel],
   evaluation: Evaluation,
+  measurements: Measurements,
   workdir: pathlib.Path,
   report: Report,
 ) -> None:
   """Runs every part on every model."""
-  full = {name: evaluation.losses(base.model) for name, base in bases.items()}
+  full = {}
+  for name, base in bases.items():
+    score = functools.partial(evaluation.losses, base.model)
+    full[name] = measurements.get(f"LoRC, {name}, full precision", score)
   for bits in config.rank_sweep_bits:
-    sweep_ranks(config, bases, evaluation, bits, full, workdir, report)
-  sweep_group_sizes(config, bases, evaluation, full, report)
-  show_spectrum(config, bases, workdir, report)
+    sweep_ranks(config, bases, evaluation, measurements, bits, full, workdir, report)
+  sweep_group_sizes(config, bases, evaluation, measurements, full, report)
+  show_spectrum(config, bases, measurements, workdir, report)
 
 
 def rounded(config: ConfigDict, base: BaseModel, bits: int, group_size: int):
@@ -45,51 +62,63 @@ def rounded(config: ConfigDict, base: BaseModel, bits: int, group_size: int):
   return quantize_model_weights(base.model, None, settings_of(config, "RTN", format))
 
 
-def stored(weights, factors) -> float:
-  """Bits per weight of a model's blocks."""
-  flat = lambda blocks: [value for block in blocks for value in block.values()]
-  return bits_per_weight(flat(weights), flat(factors))
+def measure_ranks(
+  config, base: BaseModel, evaluation: Evaluation, bits: int, ranks: list[int]
+) -> dict[int | str, Callable[[], Scored]]:
+  """{rank, and "8, INT8" for 8-bit factors of the config's rank: how to measure it}."""
+  weights = functools.cache(functools.partial(rounded, config, base, bits, -1))
+  # Those of lower ranks are its first components.
+  widest = functools.cache(lambda: factors_of(base.model, weights(), ranks[-1], 16))
+
+  def score(factors) -> Scored:
+    losses = evaluation.losses(dense_model(base.model, weights(), factors))
+    return Scored(losses, stored_bits(weights(), factors))
+
+  def truncated(rank: int) -> Scored:
+    return score([{p: f.truncated(rank) for p, f in block.items()} for block in widest()])
+
+  measures = {rank: functools.partial(truncated, rank) for rank in ranks}
+  integer = lambda: score(factors_of(base.model, weights(), config.rank, 8))
+  return measures | {f"{config.rank}, INT8": integer}
 
 
-def sweep_ranks(config, bases, evaluation: Evaluation, bits: int, full, workdir, report) -> None:
+def sweep_ranks(
+  config,
+  bases,
+  evaluation: Evaluation,
+  measurements: Measurements,
+  bits: int,
+  full,
+  workdir,
+  report,
+) -> None:
   """Loss against the rank, and against 8-bit factors at the config's rank."""
   ranks = sorted({0, config.rank, *config.ranks})
   losses, integer, rows, extra, extra_bits = {}, {}, [], {}, {}
   for name, base in bases.items():
-    weights = rounded(config, base, bits, -1)
-    widest = factors_of(base.model, weights, ranks[-1], 16)
-    for rank in ranks:
-      factors = [{p: f.truncated(rank) for p, f in block.items()} for block in widest]
-      losses[name, rank] = evaluation.losses(dense_model(base.model, weights, factors))
-      difference = paired_difference(losses[name, rank], losses[name, 0]) if rank else None
+    scored = {
+      rank: measurements.get(f"LoRC, {name}, W{bits}A16, rank {rank}", measure)
+      for rank, measure in measure_ranks(config, base, evaluation, bits, ranks).items()
+    }
+    for rank, (of_rank, stored) in scored.items():
+      difference = paired_difference(of_rank, scored[0].losses) if rank else None
       rows.append(
         [
           name,
           rank,
-          evaluation.mean_perplexity(losses[name, rank]),
-          nats(losses[name, rank]) - nats(full[name]),
+          evaluation.mean_perplexity(of_rank),
+          of_rank.nats_per_token - full[name].nats_per_token,
           difference and difference.mean,
           difference and difference.high,
-          stored(weights, factors),
+          stored,
         ]
       )
-      if rank == config.rank:
-        # What the paper counts: values of the factors for each value of the weight.
-        extra[name] = (rows[-1][-1] - stored(weights, [])) / 16
-    factors = factors_of(base.model, weights, config.rank, 8)
-    integer[name] = evaluation.losses(dense_model(base.model, weights, factors))
-    extra_bits[name] = stored(weights, factors) / stored(weights, []) - 1
-    rows.append(
-      [
-        name,
-        f"{config.rank}, INT8",
-        evaluation.mean_perplexity(integer[name]),
-        nats(integer[name]) - nats(full[name]),
-        paired_difference(integer[name], losses[name, 0]).mean,
-        paired_difference(integer[name], losses[name, 0]).high,
-        stored(weights, factors),
-      ]
-    )
+    losses |= {(name, rank): scored[rank].losses for rank in ranks}
+    plain, eight_bit = scored[0].bits, scored[f"{config.rank}, INT8"]
+    integer[name] = eight_bit.losses
+    # What the paper counts: values of the factors for each value of the weight.
+    extra[name] = (scored[config.rank].bits - plain) / 16
+    extra_bits[name] = eight_bit.bits / plain - 1
   report.tables.append(
     Table(
       f"LoRC's rank, RTN W{bits}A16",
@@ -109,7 +138,7 @@ def sweep_ranks(config, bases, evaluation: Evaluation, bits: int, full, workdir,
   report.claims.extend(rank_claims(config, bits, list(bases), ranks, losses, integer, full))
   report.claims.extend(size_claims(config, bits, extra, extra_bits))
   file = f"rank_w{bits}.png"
-  excess = lambda name, rank: nats(losses[name, rank]) - nats(full[name])
+  excess = lambda name, rank: losses[name, rank].nats_per_token - full[name].nats_per_token
   plots.line_plot(
     workdir / file,
     {name: (ranks, [excess(name, r) / excess(name, 0) for r in ranks]) for name in bases},
@@ -123,8 +152,8 @@ def sweep_ranks(config, bases, evaluation: Evaluation, bits: int, full, workdir,
 def rank_claims(config, bits, names, ranks, losses, integer, full) -> list[Claim]:
   """What section 5 says of the rank; a measurement per model."""
   setting, rank = f"RTN W{bits}A16", config.rank
-  mean = lambda r: np.mean([nats(losses[name, r]) for name in names])
-  gain = lambda name, r: nats(losses[name, 0]) - nats(losses[name, r])
+  mean = lambda r: np.mean([losses[name, r].nats_per_token for name in names])
+  gain = lambda name, r: losses[name, 0].nats_per_token - losses[name, r].nats_per_token
   claims = [
     Claim.less(
       f"the loss falls from rank to rank (the largest change of the models' mean, {setting}, nats)",
@@ -137,12 +166,18 @@ def rank_claims(config, bits, names, ranks, losses, integer, full) -> list[Claim
     ),
     Claim.greater(
       f"rank {rank} closes at least half of the gap to full precision ({setting}, share, per model)",
-      [gain(name, rank) / (nats(losses[name, 0]) - nats(full[name])) for name in names],
+      [
+        gain(name, rank) / (losses[name, 0].nats_per_token - full[name].nats_per_token)
+        for name in names
+      ],
       0.5,
     ),
     Claim.less(
       f"8-bit factors cost less than 5 % of what rank {rank} wins ({setting}, share, per model)",
-      [(nats(integer[name]) - nats(losses[name, rank])) / gain(name, rank) for name in names],
+      [
+        (integer[name].nats_per_token - losses[name, rank].nats_per_token) / gain(name, rank)
+        for name in names
+      ],
       0.05,
     ),
   ]
@@ -182,19 +217,35 @@ def size_claims(config, bits, extra, extra_bits) -> list[Claim]:
   return claims
 
 
-def sweep_group_sizes(config, bases, evaluation: Evaluation, full, report: Report) -> None:
+def measure_group_size(
+  config, base: BaseModel, evaluation: Evaluation, bits: int, size: int
+) -> dict[int, Scored]:
+  """One block size without and with LoRC, {rank: ...}."""
+  weights, scored = rounded(config, base, bits, size), {}
+  for rank in (0, config.rank):
+    factors = factors_of(base.model, weights, rank, config.factor_bits)
+    losses = evaluation.losses(dense_model(base.model, weights, factors))
+    scored[rank] = Scored(losses, stored_bits(weights, factors))
+  return scored
+
+
+def sweep_group_sizes(
+  config, bases, evaluation: Evaluation, measurements: Measurements, full, report: Report
+) -> None:
   """Fine-grained block sizes with and without LoRC."""
   for bits in config.rank_sweep_bits:
-    rows, measured = [], {}
+    rows, found = [], {}
     for name, base in bases.items():
       for size in config.group_sizes:
-        weights = rounded(config, base, bits, size)
         row = [name, "row" if size == -1 else size]
+        scored = measurements.get(
+          f"LoRC, {name}, W{bits}A16, block {row[1]}",
+          functools.partial(measure_group_size, config, base, evaluation, bits, size),
+        )
         for rank in (0, config.rank):
-          factors = factors_of(base.model, weights, rank, config.factor_bits)
-          losses = evaluation.losses(dense_model(base.model, weights, factors))
-          measured.setdefault((size, rank), []).append(nats(losses))
-          row += [nats(losses) - nats(full[name]), stored(weights, factors)]
+          losses, stored = scored[rank]
+          found.setdefault((size, rank), []).append(losses.nats_per_token)
+          row += [losses.nats_per_token - full[name].nats_per_token, stored]
         rows.append(row)
     report.tables.append(
       Table(
@@ -212,7 +263,7 @@ def sweep_group_sizes(config, bases, evaluation: Evaluation, full, report: Repor
       )
     )
     row, size = (-1, 0), config.group_sizes[-1]
-    if size == -1 or row not in measured:
+    if size == -1 or row not in found:
       continue
     for statement, better, worse in (
       (f"FGQ {size} loses less than a scale per row", (size, 0), row),
@@ -222,25 +273,33 @@ def sweep_group_sizes(config, bases, evaluation: Evaluation, full, report: Repor
       report.claims.append(
         Claim.less(
           f"{statement} (RTN W{bits}A16, nats per token, per model)",
-          {name(key): measured[key] for key in (better, worse)},
+          {name(key): found[key] for key in (better, worse)},
         )
       )
 
 
-def show_spectrum(config, bases, workdir: pathlib.Path, report: Report) -> None:
+def measure_spectra(
+  config, base: BaseModel, bits: int, index: int
+) -> dict[str, tuple[Array, Array]]:
+  """{path: spectra of E and of noise of the same shape} of one block, shares of the energy."""
+  kernels = get_kernels(base.model.blocks[index])
+  dense = dense_kernels(rounded(config, base, bits, -1)[index], {})
+  spectra = {}
+  for path, kernel in kernels.items():
+    gaussian = np.random.default_rng(0).normal(size=kernel.shape).astype(np.float32)
+    spectra[path] = spectrum(kernel - dense[path]), spectrum(gaussian)
+  return spectra
+
+
+def show_spectrum(config, bases, measurements, workdir: pathlib.Path, report: Report) -> None:
   """Singular values of E of the widest model, beside those of noise of the same shape."""
   name = max(bases, key=lambda n: bases[n].model.config.hidden_size)
-  base = bases[name]
-  middle = len(base.model.blocks) // 2
-  kernels = get_kernels(base.model.blocks[middle])
+  middle = len(bases[name].model.blocks) // 2
   rows, series = [], {}
   for bits in config.rank_sweep_bits:
-    weights = rounded(config, base, bits, -1)[middle]
-    rounded_kernels = dense_kernels(weights, {})
-    for path, kernel in kernels.items():
-      energy = np.asarray(spectrum(kernel - rounded_kernels[path]))
-      gaussian = np.random.default_rng(0).normal(size=kernel.shape).astype(np.float32)
-      noise = np.asarray(spectrum(gaussian))
+    measure = functools.partial(measure_spectra, config, bases[name], bits, middle)
+    spectra = measurements.get(f"LoRC, {name}, W{bits}A16, spectra", measure)
+    for path, (energy, noise) in spectra.items():
       first = lambda energies: float(energies[: config.rank].sum())
       rows.append([f"W{bits}", path, first(energy), first(noise)])
       if path == "mlp.up_proj":

@@ -11,6 +11,7 @@ from common.models.decoder import Decoder
 from common.quantization.activations import ActivationFormat, quantize_inputs
 from common.quantization.calibration import quantize_model
 from common.quantization.linear import get_kernels, set_kernels
+from common.quantization.low_rank import bits_per_weight
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import ReconstructionSettings
 from projects.zeroquant_v2.evaluation import Factors, Weights, dense_kernels
@@ -84,3 +85,9 @@ def factors_of(model: Decoder, weights: Weights, rank: int, factor_bits: int) ->
   """LoRC's factors of every block of a quantized model."""
   correct = functools.partial(compensate, rank=rank, factor_bits=factor_bits)
   return [correct(get_kernels(b), dict(w)) for b, w in zip(model.blocks, weights, strict=True)]
+
+
+def stored_bits(weights: Weights, factors: Factors) -> float:
+  """Bits per weight of a model's blocks."""
+  flat = lambda blocks: [value for block in blocks for value in block.values()]
+  return bits_per_weight(flat(weights), flat(factors))

@@ -1,21 +1,24 @@
 """The sensitivity study (section 3): rounding to nearest, weights or activations, class by class."""
 
+import functools
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from common.models.base import BaseModel
+from common.models.decoder import Decoder
 from common.models.outliers import inject_outliers
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.zeroquant_v2.evaluation import (
   Evaluation,
   activation_format,
   degradation_class,
   dense_model,
-  nats,
   parse_setting,
 )
 from projects.zeroquant_v2.methods import integer_format, quantize_model_weights, settings_of
@@ -29,26 +32,23 @@ def sensitivity_study(
   config: ConfigDict,
   bases: dict[str, BaseModel],
   evaluation: Evaluation,
+  measurements: Measurements,
   workdir: pathlib.Path,
   report: Report,
 ) -> None:
   """Adds the table of degradations, a plot of them over sizes, and the claims."""
   losses: Losses = {}
+  copies = [("natural", 0), *(("outlier", draw) for draw in config.outlier_draws)]
   for name, base in bases.items():
-    copies = {("natural", 0): base.model}
-    for draw in config.outlier_draws:
-      key = jax.random.key(draw)
-      copies["outlier", draw] = inject_outliers(base.model, key, gain=config.outlier_gain)
-    for (variant, draw), model in copies.items():
+    for variant, draw in copies:
+      copy = functools.cache(functools.partial(copy_of, config, base.model, variant, draw))
       for setting in ("W16A16", *config.sensitivity):
         # The copies with outliers are for the comparison of weights and activations.
         both = variant == "natural" and setting in config.symmetric_sensitivity
         for symmetric in (False, True) if both else (False,):
-          rounded = round_to_nearest(config, model, setting, symmetric)
-          measured = evaluation.losses(rounded)
-          losses[name, variant, draw, setting, symmetric] = (
-            nats(measured),
-            evaluation.mean_perplexity(measured),
+          losses[name, variant, draw, setting, symmetric] = measurements.get(
+            f"sensitivity, {name}, {variant} {draw}, {setting}{', symmetric' if symmetric else ''}",
+            functools.partial(measure_rounded, config, copy, evaluation, setting, symmetric),
           )
   variants = ["natural", *(["outlier"] if config.outlier_draws else [])]
   for variant in variants:
@@ -56,6 +56,25 @@ def sensitivity_study(
   report.claims.extend(sensitivity_claims(config, bases, variants, losses))
   if len(bases) > 1 and {"W4A16", "W16A4"} & set(config.sensitivity):
     plot_sizes(config, bases, variants[-1], losses, workdir, report)
+
+
+def copy_of(config: ConfigDict, model: Decoder, variant: str, draw: int) -> Decoder:
+  """The model, or one of the same function with a draw of outlier channels."""
+  if variant == "natural":
+    return model
+  return inject_outliers(model, jax.random.key(draw), gain=config.outlier_gain)
+
+
+def measure_rounded(
+  config: ConfigDict,
+  copy: Callable[[], Decoder],
+  evaluation: Evaluation,
+  setting: str,
+  symmetric: bool,
+) -> tuple[float, float]:
+  """(nats per token, mean perplexity) of a copy, rounded."""
+  losses = evaluation.losses(round_to_nearest(config, copy(), setting, symmetric))
+  return losses.nats_per_token, evaluation.mean_perplexity(losses)
 
 
 def round_to_nearest(config: ConfigDict, model, setting: str, symmetric: bool):

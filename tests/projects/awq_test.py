@@ -489,7 +489,7 @@ def test_scale_salient_multiplies_the_largest_channels_only(model, x, context):
     np.testing.assert_array_equal(awq.get_module(scaled, path).kernel[...], expected)
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(config.get_config("tiny"), tmp_path)
   assert len(report.claims) == 8
   for figure in report.figures:
@@ -498,3 +498,9 @@ def test_tiny_run(tmp_path):
   assert rows["AWQ"][5] == pytest.approx(3 + 19 / 32)
   assert all(np.isfinite(row[2]) for row in rows.values())
   assert (tmp_path / "search.safetensors").exists()
+  # The same command after a kill: only the model to take home is quantized again.
+  never = lambda *_, **__: pytest.fail("measured again")
+  for module in (methods, experiment):
+    monkeypatch.setattr(module, "quantize_model", never)
+  monkeypatch.setattr(methods, "search_model", never)
+  assert experiment.run(config.get_config("tiny"), tmp_path) == report

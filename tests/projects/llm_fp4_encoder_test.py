@@ -60,7 +60,8 @@ def test_what_has_labels_is_searched_by_its_loss(tmp_path, labelled):
     mock.patch.object(encoder_experiment, "integer_model", integer),
   ):
     if labelled:
-      encoder_experiment.compare_on_encoder(config, None, SimpleNamespace(tables=[], claims=[]))
+      report = SimpleNamespace(tables=[], claims=[])
+      encoder_experiment.compare_on_encoder(config, Measurements(tmp_path, config), report)
     else:
       for method in encoder_experiment.METHODS:
         encoder_experiment.quantize(config, None, method, 4, tokens, segment_ids=tokens)

@@ -28,7 +28,7 @@ from common.quantization.shift_and_scale import (
   threshold_scale,
 )
 from projects.outlier_suppression_plus import config as osp_config
-from projects.outlier_suppression_plus import experiment
+from projects.outlier_suppression_plus import experiment, methods
 from projects.outlier_suppression_plus import outlier_suppression_plus as osp
 from projects.outlier_suppression_plus.methods import main_methods, settings_of
 from projects.outlier_suppression_plus.observation import observed_range, operands, stage_inputs
@@ -348,11 +348,11 @@ def test_bad_weights_activations_and_sizes(model, tokens):
       osp.quantize(model, tokens, dataclasses.replace(STATIC, **change))
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(osp_config.get_config("tiny"), tmp_path)
   tables = {table.title.split(",")[0]: table for table in report.tables}
-  methods = [row[0] for row in tables["W4A4 per token"].rows]
-  assert methods[0] == "full precision" and {"ZeroQuant", "SmoothQuant", "OS+"} < set(methods)
+  names = [row[0] for row in tables["W4A4 per token"].rows]
+  assert names[0] == "full precision" and {"ZeroQuant", "SmoothQuant", "OS+"} < set(names)
   (_, original), (_, loaded) = tables["The folded full-precision checkpoint"].rows
   np.testing.assert_allclose(loaded, original, rtol=1e-4)
   ranges = {row[0]: row[1:] for row in tables["Ranges of activations (max - min)"].rows}
@@ -362,3 +362,6 @@ def test_tiny_run(tmp_path):
     assert shifted == tensor and count > 0 and scaled < tensor
   assert all((tmp_path / figure.path).stat().st_size > 5000 for figure in report.figures)
   assert isinstance(Checkpoint(tmp_path / "folded").load_model(), Decoder)
+  # The same command after a kill: of the methods, none quantizes again.
+  monkeypatch.setattr(methods, "quantize", lambda *_, **__: pytest.fail("measured again"))
+  assert experiment.run(osp_config.get_config("tiny"), tmp_path) == report

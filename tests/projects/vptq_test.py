@@ -413,7 +413,11 @@ def test_tuning_lowers_its_loss_and_keeps_indices(model, tokens, quantized):
   np.testing.assert_array_equal(embedding(whole), embedding(model))
 
 
-def test_tiny_run(tmp_path):
+def never(*args, **kwargs):
+  raise AssertionError("measured again")
+
+
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(config.get_config("tiny"), tmp_path)
   assert len(report.claims) == 10
   rows = {row[0]: row for row in report.tables[0].rows}
@@ -423,3 +427,7 @@ def test_tiny_run(tmp_path):
   assert packed[2] == pytest.approx(rows["VPTQ, tuned end to end"][4], rel=1e-4)
   for figure in report.figures:
     assert (tmp_path / figure.path).stat().st_size > 0
+  # The same command after a kill: what was measured is neither quantized nor scored again.
+  for name in ("model_hessians", "measure_method", "stage_errors", "window_losses", "generate"):
+    monkeypatch.setattr(experiment, name, never)
+  assert experiment.run(config.get_config("tiny"), tmp_path) == report

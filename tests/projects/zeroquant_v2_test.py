@@ -21,7 +21,14 @@ from common.quantization.linear import QuantizedLinear, get_kernels, quantized_w
 from common.quantization.low_rank import CompensatedLinear
 from common.quantization.quantized_array import IntegerFormat
 from common.quantization.reconstruction import ReconstructionSettings
-from projects.zeroquant_v2 import config, evaluation, experiment
+from projects.zeroquant_v2 import (
+  comparison,
+  config,
+  evaluation,
+  experiment,
+  lorc_study,
+  sensitivity,
+)
 from projects.zeroquant_v2.zeroquant_v2 import (
   ZeroQuantSettings,
   compensate,
@@ -313,7 +320,7 @@ def test_an_unsuitable_config_is_refused_before_any_work(changes, message, tmp_p
     experiment.run(changed, tmp_path)
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(config.get_config("tiny"), tmp_path)
   for figure in report.figures:
     assert (tmp_path / figure.path).stat().st_size > 0
@@ -324,3 +331,10 @@ def test_tiny_run(tmp_path):
   assert all(np.isfinite(value) for row in methods for value in (row[3], row[4], row[6]))
   # The same weights in two tables: rounding to nearest, with and without the correction.
   assert all(np.isfinite(claim.mean) for claim in report.claims)
+  # The same command after a kill: what was measured is neither quantized nor scored again.
+  never = lambda *_, **__: pytest.fail("measured again")
+  for module in (sensitivity, comparison, lorc_study):
+    monkeypatch.setattr(module, "quantize_model_weights", never)
+  monkeypatch.setattr(sensitivity, "inject_outliers", never)
+  monkeypatch.setattr(evaluation, "window_losses", never)
+  assert experiment.run(config.get_config("tiny"), tmp_path) == report
