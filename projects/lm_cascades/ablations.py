@@ -1,52 +1,72 @@
 """Ablations on one seed of a task: quantiles, training-set size, embedding layer, target, beams."""
 
+import functools
+from collections.abc import Callable
+
 import numpy as np
 from ml_collections import ConfigDict
 
 from common.decoding.beam_search import beam_search
+from common.reporting.measurements import Measurements
 from common.reporting.report import Column, Table
 from projects.lm_cascades import deferral, outputs, post_hoc, rules, tasks
 from projects.lm_cascades.rules import Measured, Split
 
+BEAM_RULES = (rules.SUM, rules.AVERAGE, *map(rules.quantile_name, (0.0, 0.1, 0.2)))
+
 
 def tables(
-  task: tasks.Task, measured: Measured, parts: Split, config: ConfigDict, seed: int
+  task: Callable[[], tasks.Task],
+  measured: Measured,
+  parts: Split,
+  config: ConfigDict,
+  seed: int,
+  measurements: Measurements,
 ) -> list[Table]:
   """The ablations that the config asks for; all numbers are percent of AUC-DC over random."""
   small, large = (x[parts.test] for x in measured.labels[:2])
 
-  def learned(rule: str, features: np.ndarray, parts: Split = parts, target=None):
-    hidden = rules.hidden_units(rule, config)
-    fit = {"hidden": hidden, "target": target}
-    scorer = rules.fit_rule(features, measured.labels, parts, config, seed, **fit)
-    scores = post_hoc.predict(scorer, features[parts.test])
-    gains = [float(deferral.percent_gain(score, small, large)) for score in scores]
-    return [np.mean(gains), np.std(gains, ddof=1) if len(gains) > 1 else None]
+  @functools.cache
+  def features(layers: int) -> dict[str, np.ndarray]:
+    intermediate = rules.embed_2(task(), config, layers)
+    return rules.feature_sets(measured, intermediate, config.num_quantiles)
 
-  intermediate = rules.embed_2(task, config, config.embed_layers)
-  features = rules.feature_sets(measured, intermediate, config.num_quantiles)
+  def learned(setting: str, rule: str, phi_of, parts: Split = parts, target=None) -> list:
+    def gain() -> list:
+      phi = phi_of()
+      fit = {"hidden": rules.hidden_units(rule, config), "target": target}
+      scorer = rules.fit_rule(phi, measured.labels, parts, config, seed, **fit)
+      scores = post_hoc.predict(scorer, phi[parts.test])
+      gains = [float(deferral.percent_gain(score, small, large)) for score in scores]
+      return [np.mean(gains), np.std(gains, ddof=1) if len(gains) > 1 else None]
+
+    return [setting, rule, *measurements.get(f"ablation, {setting}, {rule}", gain)]
+
   found = []
   for count in config.ablate_quantiles:
-    phi = post_hoc.quantile_features(measured.small.log_probs, measured.mask, count)
-    found.append([f"{count} quantiles", rules.QUANTILE, *learned(rules.QUANTILE, phi)])
-  for layers in config.ablate_layers:
-    phi = features[rules.EMBED_12]
-    if layers != config.embed_layers:
-      other = rules.embed_2(task, config, layers)
-      phi = rules.feature_sets(measured, other, config.num_quantiles)[rules.EMBED_12]
-    found.append(
-      [f"large model's decoder layer {layers}", rules.EMBED_12, *learned(rules.EMBED_12, phi)]
+    phi_of = functools.partial(
+      post_hoc.quantile_features, measured.small.log_probs, measured.mask, count
     )
+    found.append(learned(f"{count} quantiles", rules.QUANTILE, phi_of))
+  for layers in config.ablate_layers:
+    setting = f"large model's decoder layer {layers}"
+    found.append(
+      learned(setting, rules.EMBED_12, lambda layers=layers: features(layers)[rules.EMBED_12])
+    )
+  full = {
+    rule: lambda rule=rule: features(config.embed_layers)[rule]
+    for rule in (rules.QUANTILE, rules.EMBED_12)
+  }
   for size in config.ablate_sizes:
     if size > len(parts.train):
       continue
     # As many steps as with all inputs: the few are repeated.
     fewer = parts._replace(train=np.resize(parts.train[:size], len(parts.train)))
-    for rule in (rules.QUANTILE, rules.EMBED_12):
-      found.append([f"{size} training inputs", rule, *learned(rule, features[rule], fewer)])
+    for rule, phi_of in full.items():
+      found.append(learned(f"{size} training inputs", rule, phi_of, fewer))
   for target in post_hoc.TARGETS if config.ablate_targets else ():
-    for rule in (rules.QUANTILE, rules.EMBED_12):
-      found.append([f"target {target}", rule, *learned(rule, features[rule], target=target)])
+    for rule, phi_of in full.items():
+      found.append(learned(f"target {target}", rule, phi_of, target=target))
   result = [
     Table(
       "Ablations of the learned rules (first task, first seed)",
@@ -55,11 +75,25 @@ def tables(
     )
   ]
   if config.num_beams:
-    result.append(beam_table(task, measured, parts, config))
+    rows = measurements.get(
+      f"ablation, {config.num_beams} beams", lambda: beam_rows(task(), measured, parts, config)
+    )
+    result.append(
+      Table(
+        "Greedy and beam-search outputs of the small model (first task, first seed)",
+        [
+          "outputs",
+          Column("small model's quality", ".4f"),
+          *[Column(rule, "+.2f") for rule in BEAM_RULES],
+        ],
+        rows,
+        note="Percent of AUC-DC over random.",
+      )
+    )
   return result
 
 
-def beam_table(task: tasks.Task, measured: Measured, parts: Split, config: ConfigDict) -> Table:
+def beam_rows(task: tasks.Task, measured: Measured, parts: Split, config: ConfigDict) -> list[list]:
   """Rules on the small model's greedy and beam-search outputs; the large model's stay greedy."""
   prompts = [task.prompts[i] for i in parts.test]
   hypotheses = beam_search(
@@ -105,13 +139,7 @@ def beam_table(task: tasks.Task, measured: Measured, parts: Split, config: Confi
     qualities = outcome.labels.small, outcome.labels.large
     scores = rules.fixed_scores(outcome)
     row = [name, float(qualities[0].mean())]
-    for rule in (rules.SUM, rules.AVERAGE, *map(rules.quantile_name, (0.0, 0.1, 0.2))):
+    for rule in BEAM_RULES:
       row.append(float(deferral.percent_gain(scores[rule], *qualities)))
     rows.append(row)
-  names = (rules.SUM, rules.AVERAGE, *map(rules.quantile_name, (0.0, 0.1, 0.2)))
-  return Table(
-    "Greedy and beam-search outputs of the small model (first task, first seed)",
-    ["outputs", Column("small model's quality", ".4f"), *[Column(x, "+.2f") for x in names]],
-    rows,
-    note="Percent of AUC-DC over random.",
-  )
+  return rows

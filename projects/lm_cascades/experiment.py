@@ -1,6 +1,8 @@
 """Deferral rules beside each other: area under the deferral curve, length bias, cost, ablations."""
 
+import functools
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,9 +12,12 @@ from rich.console import Console
 from scipy.stats import spearmanr
 
 from common.reporting import plots
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
 from projects.lm_cascades import ablations, deferral, post_hoc, rules, tasks
 from projects.lm_cascades.cascade import generation_flops, run_cascade
+from projects.lm_cascades.outputs import Outputs
+from projects.lm_cascades.post_hoc import Labels
 from projects.lm_cascades.rules import Measured, Split
 
 _RATES = (0.1, 0.3, 0.5, 0.7)
@@ -22,6 +27,8 @@ class Result(NamedTuple):
   """One seed of a task.
 
   Attributes:
+    flops: of generating with the small model, with the large one, and of the large model's first
+      layers, float64 [n] each.
     scores: per rule, of the test inputs, float32 [runs, test].
     alpha: of Chow-Quantile, chosen on calibration inputs.
     calibration_error: per learned rule, mean |E[gain | score] - gain| over ten bins of test scores,
@@ -30,9 +37,9 @@ class Result(NamedTuple):
       as many at random.
   """
 
-  task: tasks.Task
   measured: Measured
   parts: Split
+  flops: tuple[np.ndarray, np.ndarray, np.ndarray]
   scores: dict[str, np.ndarray]
   alpha: float
   calibration_error: dict[str, float]
@@ -53,53 +60,92 @@ class Result(NamedTuple):
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Runs every task of the config on every seed."""
   tasks.check(config)
+  measurements = Measurements(workdir, config, (Measured, Outputs, Labels, Split))
   report = Report(tables=[], figures=[], claims=[])
   console = Console(stderr=True)
   for name in config.tasks:
-    results = []
+    results, ablated = [], []
     for seed in config.seeds:
+      # Only missing measurements load or train the models, which end with the seed.
+      task = functools.cache(functools.partial(load_task, name, config, seed))
       with console.status(f"{name}, seed {seed}"):
-        results.append(run_seed(name, config, seed))
+        result = run_seed(name, config, seed, task, measurements)
+      results.append(result)
+      if (name, seed) == (config.tasks[0], config.seeds[0]):
+        with console.status(f"{name}, ablations"):
+          ablated = ablations.tables(
+            task, result.measured, result.parts, config, seed, measurements
+          )
     describe(name, results, config, workdir, report)
-    if name == config.tasks[0]:
-      first = results[0]
-      with console.status(f"{name}, ablations"):
-        report.tables.extend(
-          ablations.tables(first.task, first.measured, first.parts, config, config.seeds[0])
-        )
+    report.tables.extend(ablated)
   return report
 
 
-def run_seed(name: str, config: ConfigDict, seed: int) -> Result:
-  """Decodes with both models, fits the learned rules on calibration inputs, scores the test."""
+def load_task(name: str, config: ConfigDict, seed: int) -> tasks.Task:
   if name == "translation":
-    task = tasks.translation_task(config, seed)
-  else:
-    task = tasks.prose_task(config, seed) if name == "prose" else tasks.file_task(config)
-  parts = rules.split(task, config, seed)
-  measured = rules.measure(task, config)
+    return tasks.translation_task(config, seed)
+  return tasks.prose_task(config, seed) if name == "prose" else tasks.file_task(config)
+
+
+def run_seed(
+  name: str,
+  config: ConfigDict,
+  seed: int,
+  task: Callable[[], tasks.Task],
+  measurements: Measurements,
+) -> Result:
+  """Decodes with both models, fits the learned rules on calibration inputs, scores the test."""
+  where = f"{name}, seed {seed}"
+
+  def answer() -> tuple:
+    parts = rules.split(task(), config, seed)
+    measured = rules.measure(task(), config)
+    return parts, measured, flops(task(), measured, config)
+
+  parts, measured, costs = measurements.get(f"{where}, answers of both models", answer)
   fixed = rules.fixed_scores(measured)
   alpha = rules.best_alpha(fixed, measured.labels, parts.calibration)
   scores = {rule: score[None, parts.test] for rule, score in fixed.items()}
   scores[rules.BEST] = scores[rules.quantile_name(alpha)]
-  intermediate = rules.embed_2(task, config, config.embed_layers)
+
+  @functools.cache
+  def features() -> dict[str, np.ndarray]:
+    intermediate = rules.embed_2(task(), config, config.embed_layers)
+    return rules.feature_sets(measured, intermediate, config.num_quantiles)
+
+  def learned(rule: str) -> np.ndarray:
+    hidden = rules.hidden_units(rule, config)
+    phi = features()[rule]
+    scorer = rules.fit_rule(phi, measured.labels, parts, config, seed, hidden=hidden)
+    return post_hoc.predict(scorer, phi)
+
   errors = {}
-  for rule, features in rules.feature_sets(measured, intermediate, config.num_quantiles).items():
-    scorer = rules.fit_rule(
-      features,
-      measured.labels,
-      parts,
-      config,
-      seed,
-      hidden=rules.hidden_units(rule, config),
-    )
-    every = post_hoc.predict(scorer, features)
+  for rule in rules.POST_HOC:
+    every = measurements.get(f"{where}, {rule}", functools.partial(learned, rule))
     scores[rule] = every[:, parts.test]
     errors[rule] = calibration_error(every[0], measured, parts)
   small, large = (x[parts.test] for x in measured.labels[:2])
   scores[rules.ORACLE] = (small - large)[None]
-  realised = realise(task, measured, fixed[rules.quantile_name(alpha)], parts, config, alpha)
-  return Result(task, measured, parts, scores, alpha, errors, realised)
+  realised = measurements.get(
+    f"{where}, cascade",
+    lambda: realise(task(), measured, fixed[rules.quantile_name(alpha)], parts, config, alpha),
+  )
+  return Result(measured, parts, costs, scores, alpha, errors, realised)
+
+
+def flops(
+  task: tasks.Task, measured: Measured, config: ConfigDict
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """`Result.flops`, of all inputs."""
+  length = measured.prompt_tokens
+  small, large = (
+    generation_flops(model.config, length, written.mask.sum(axis=1))
+    for model, written in ((task.small, measured.small), (task.large, measured.large))
+  )
+  first = generation_flops(
+    task.large.config, length, np.ones_like(length), num_layers=config.embed_layers
+  )
+  return small, large, first
 
 
 def calibration_error(scores: np.ndarray, measured: Measured, parts: Split) -> float:
@@ -152,8 +198,8 @@ def describe(
   report.tables.append(_rules_table(name, results, config))
   report.tables.append(_models_table(name, results))
   report.tables.append(_alpha_table(name, results))
-  cost = cost_curves(results[0], config)
-  report.tables.append(_cost_table(name, results, config))
+  cost = cost_curves(results[0])
+  report.tables.append(_cost_table(name, results))
   report.claims.extend(claims(name, results, config))
   _, test = results[0].qualities, results[0].parts.test
   shown = (rules.SUM, rules.AVERAGE, rules.BEST, rules.QUANTILE, rules.EMBED_12, rules.ORACLE)
@@ -257,13 +303,13 @@ def _alpha_table(name: str, results: list[Result]) -> Table:
   return Table(f"{name}: Chow-Quantile by alpha", columns, rows)
 
 
-def _cost_table(name: str, results: list[Result], config: ConfigDict) -> Table:
+def _cost_table(name: str, results: list[Result]) -> Table:
   shown = (rules.BEST, rules.EMBED_12)
   rows = []
   for rate in _RATES:
     row = [rate]
     for rule in shown:
-      curves = [cost_curves(r, config)[rule] for r in results]
+      curves = [cost_curves(r)[rule] for r in results]
       at = [round(rate * (len(x) - 1)) for x, _ in curves]
       row += [_mean(x[k] for (x, _), k in zip(curves, at))]
       row += [_mean(y[k] for (_, y), k in zip(curves, at))]
@@ -274,24 +320,13 @@ def _cost_table(name: str, results: list[Result], config: ConfigDict) -> Table:
   return Table(f"{name}: quality by cost", columns, rows)
 
 
-def cost_curves(result: Result, config: ConfigDict) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def cost_curves(result: Result) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """(FLOPs over those of the large model alone, quality) at every deferral rate, by rule.
 
   Deferring costs the large model on top of the small one; Embed-1+2 pays for the large model's
   first layers at the first position of every input.
   """
-  rows, measured = result.parts.test, result.measured
-  length = measured.prompt_tokens[rows]
-  small, large = (
-    generation_flops(model.config, length, written.mask[rows].sum(axis=1))
-    for model, written in (
-      (result.task.small, measured.small),
-      (result.task.large, measured.large),
-    )
-  )
-  intermediate = generation_flops(
-    result.task.large.config, length, np.ones_like(length), num_layers=config.embed_layers
-  )
+  small, large, intermediate = (x[result.parts.test] for x in result.flops)
   curves = {}
   for rule in (rules.BEST, rules.EMBED_12):
     score = result.scores[rule][0]

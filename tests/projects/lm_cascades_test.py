@@ -9,8 +9,17 @@ from flax import nnx
 from common.errors import UserError
 from common.models.decoder import Decoder, DecoderConfig
 from common.models.encoder_decoder import EncoderDecoder
+from projects.lm_cascades import (
+  ablations,
+  deferral,
+  experiment,
+  metrics,
+  outputs,
+  post_hoc,
+  rules,
+  tasks,
+)
 from projects.lm_cascades import config as lm_cascades_config
-from projects.lm_cascades import deferral, experiment, metrics, outputs, post_hoc, tasks
 from projects.lm_cascades.cascade import generation_flops, run_cascade
 from projects.lm_cascades.translation import EOS, make_language, make_pairs, model_config
 
@@ -326,10 +335,21 @@ def test_missing_files_are_named(tmp_path):
     tasks.read_quality(str(tmp_path / "none.npy"), 4)
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(lm_cascades_config.get_config("tiny"), tmp_path)
   assert len(report.claims) == 9 and len(report.tables) == 6
   assert all((tmp_path / figure.path).is_file() for figure in report.figures)
   json.dumps(report.to_json(), allow_nan=False)
   gains = {row[0]: row[2] for row in report.tables[0].rows}
   assert gains["oracle"] >= max(gains.values())
+  # Killed here, it would train, decode, fit and search nothing again.
+  for module, expensive in (
+    (tasks, "translation_task"),
+    (rules, "measure"),
+    (rules, "fit_rule"),
+    (experiment, "run_cascade"),
+    (ablations, "beam_search"),
+  ):
+    monkeypatch.setattr(module, expensive, None)
+  again = experiment.run(lm_cascades_config.get_config("tiny"), tmp_path)
+  assert again.to_json() == report.to_json()
