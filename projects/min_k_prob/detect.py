@@ -1,5 +1,6 @@
 """Detection in a file with a model of one's own: `--config.data=file:PATH --config.model=DIR`."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from common.checkpoints.huggingface import load_decoder
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
 from common.models.base import RECIPES, BaseModel, base_model
+from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Report, Table, write_text
 from projects.min_k_prob import benchmark as benchmarks
 from projects.min_k_prob import files
@@ -60,6 +62,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   target = load(config, config.model)
   reference = load(config, config.reference) if config.reference else None
   masked_lm = load_masked_lm(config.masked_lm) if config.masked_lm else None
+  measurements = Measurements(workdir, config, (TokenLogProbs,))
   report, lines = Report(tables=[], claims=[]), []
   scores_by_setting = {}
   for length, group in groups.items():
@@ -67,15 +70,21 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
     if config.paraphrase:
       versions["paraphrase"] = group._replace(texts=[paraphrase(text) for text in group.texts])
     for version, texts in versions.items():
-      scored = score(config, target, texts.texts)
-      scores = attack_scores(
-        texts.texts,
-        scored,
-        k=config.k,
-        lowercase=score(config, target, [text.lower() for text in texts.texts]),
-        reference=None if reference is None else score(config, reference, texts.texts),
-        neighbours=None if masked_lm is None else near(config, target, masked_lm, texts.texts),
-      )
+      lowered = [text.lower() for text in texts.texts]
+      asked = {
+        "target": functools.partial(score, config, target, texts.texts),
+        "lowercase": functools.partial(score, config, target, lowered),
+      }
+      if reference is not None:
+        asked["reference"] = functools.partial(score, config, reference, texts.texts)
+      if masked_lm is not None:
+        asked["neighbours"] = functools.partial(near, config, target, masked_lm, texts.texts)
+      found = {
+        name: measurements.get(f"{length} words, {version}, {name}", ask)
+        for name, ask in asked.items()
+      }
+      scored = found["target"]
+      scores = attack_scores(texts.texts, **found, k=config.k)
       scores_by_setting[length, version] = scores
       report.tables.append(attack_table(config, f"{length} words, {version}", scores, texts))
       if version == "original":

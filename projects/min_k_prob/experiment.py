@@ -1,5 +1,6 @@
 """Trains models on half of the documents and asks every attack which half it was."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ from rich.progress import track
 from common.data.sources import SPLITS, load_documents
 from common.data.tokenizer import load_tokenizer
 from common.errors import UserError
+from common.reporting.measurements import Measurements
 from common.reporting.report import Report
 from projects.min_k_prob import benchmark as benchmarks
 from projects.min_k_prob import case_studies, detect, tables
 from projects.min_k_prob.benchmark import Benchmark, Document
-from projects.min_k_prob.case_studies import IN_DISTRIBUTION, OUTLIER, Inserted
+from projects.min_k_prob.case_studies import IN_DISTRIBUTION, OUTLIER, Completions, Inserted
 from projects.min_k_prob.metrics import detection
 from projects.min_k_prob.min_k_prob import (
   TokenLogProbs,
@@ -46,9 +48,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   if config.data:
     return detect.run(config, workdir)
   check(config)
-  material = prepare(config)
-  seeds = track(config.seeds, "seeds", console=Console(stderr=True))
-  results = [run_seed(config, material, seed) for seed in seeds]
+  measurements = Measurements(workdir, config, (SeedResult, Benchmark, Unlearning, Completions))
+  prepared = functools.cache(lambda: prepare(config))
+  results = [
+    measurements.get(f"seed {seed}", lambda seed=seed: run_seed(config, prepared(), seed))
+    for seed in track(config.seeds, "seeds", console=Console(stderr=True))
+  ]
   return tables.report(config, results, workdir)
 
 

@@ -1,6 +1,7 @@
 """ThinK on text and on recall, beside keys' norms, random channels, SnapKV, H2O and KIVI."""
 
 import collections
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -16,6 +17,7 @@ from common.decoding.pruned_cache import Compression, check_supported, pruned_sl
 from common.errors import UserError
 from common.models.base import BaseModel, base_model
 from common.models.decoder import Decoder
+from common.reporting.measurements import Measurements
 from common.reporting.report import Report
 from projects.think import analysis, longbench, tables
 from projects.think.evaluation import Prompts
@@ -64,7 +66,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   if config.timed_slots:
     for ratio in (0.0, 0.4, 0.6, 0.8):
       timed[ratio] = time_decoding(config.timed_slots, int(ratio * HEAD_DIM))
-  answered = answer_questions(config, base, questions) if questions else {}
+  answered = {}
+  if questions:
+    answered = answer_questions(config, base, questions, Measurements(workdir, config))
   return tables.report(config, studied, timed, answered, workdir)
 
 
@@ -253,25 +257,36 @@ def needle_grid(config: ConfigDict, model: Decoder) -> dict[float, np.ndarray]:
 
 
 def answer_questions(
-  config: ConfigDict, base: BaseModel, questions: Sequence[longbench.Question]
+  config: ConfigDict,
+  base: BaseModel,
+  questions: Sequence[longbench.Question],
+  measurements: Measurements,
 ) -> dict[tuple, float]:
   """LongBench's score, {(capacity, ratio): score}; (0, 0) is the full cache."""
   stop = eos_id(base.tokenizer)
-  options = {
-    "prompt_length": config.prompt_length,
-    "max_new_tokens": config.new_tokens,
-    "stop_tokens": () if stop is None else (stop,),
-  }
-  answers = {(0, 0.0): longbench.answer(base.model, base.tokenizer, questions, None, **options)}
+  compressions: dict[tuple, Compression | None] = {(0, 0.0): None}
   for capacity in config.longbench_capacities:
     for ratio in (0.0, *config.partner_ratios):
-      compression = longbench_compression(config, capacity, ratio)
-      answers[capacity, ratio] = longbench.answer(
-        base.model, base.tokenizer, questions, compression, **options
-      )
+      compressions[capacity, ratio] = longbench_compression(config, capacity, ratio)
+
+  def measure(compression: Compression | None) -> float:
+    texts = longbench.answer(
+      base.model,
+      base.tokenizer,
+      questions,
+      compression,
+      prompt_length=config.prompt_length,
+      max_new_tokens=config.new_tokens,
+      stop_tokens=() if stop is None else (stop,),
+    )
+    return longbench.score(texts, questions, config.longbench_metric)
+
   return {
-    key: longbench.score(texts, questions, config.longbench_metric)
-    for key, texts in answers.items()
+    (capacity, ratio): measurements.get(
+      f"LongBench, {capacity or 'all'} tokens kept, ratio {ratio}",
+      functools.partial(measure, compression),
+    )
+    for (capacity, ratio), compression in compressions.items()
   }
 
 

@@ -393,9 +393,14 @@ def test_detection_in_a_file(tmp_path, monkeypatch, model, tokenizer):
   lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
   assert len(lines) == 32 and len(lines[0]["least likely tokens"]) == 5
   assert {mk.MIN_K, mk.PPL, mk.ZLIB, mk.LOWERCASE, "input", "label"} <= lines[0].keys()
+  # The same command after a kill: no text is scored again.
+  monkeypatch.setattr(detect, "token_log_probs", lambda *_, **__: pytest.fail("measured again"))
+  assert experiment.run(settings, tmp_path) == report
+  again = (tmp_path / "scores.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in again] == lines
 
 
-def test_tiny_run(tmp_path):
+def test_tiny_run(tmp_path, monkeypatch):
   report = experiment.run(config.get_config("tiny"), tmp_path)
   for figure in report.figures:
     assert (tmp_path / figure.path).stat().st_size > 0
@@ -408,3 +413,6 @@ def test_tiny_run(tmp_path):
   # K = 100% is the loss attack.
   assert tokens["smallest 100%"] == pytest.approx(attacks[mk.PPL][1], abs=2e-2)
   assert len(report.claims) == 22
+  # The same command after a kill: nothing is trained again. As text, in which NaN equals NaN.
+  monkeypatch.setattr(experiment, "prepare", lambda *_: pytest.fail("measured again"))
+  assert repr(experiment.run(config.get_config("tiny"), tmp_path)) == repr(report)

@@ -244,7 +244,7 @@ def test_longbench_prompts_and_scores(tmp_path):
     longbench.read_questions(str(tmp_path / "absent.jsonl"), "{input}", 0)
 
 
-def test_longbench_run(tmp_path):
+def test_longbench_run(tmp_path, monkeypatch):
   path = tmp_path / "task.jsonl"
   path.write_text(json.dumps({"context": "x = 1\n" * 20, "input": "x", "answers": ["1"]}))
   settings = config.get_config("tiny")
@@ -255,6 +255,9 @@ def test_longbench_run(tmp_path):
   (table,) = report.tables
   assert [row[:2] for row in table.rows] == [["all", 0.0], [24, 0.0], [24, 0.4]]
   assert all(0 <= row[2] <= 100 for row in table.rows)
+  # The same command after a kill: no question is answered again.
+  monkeypatch.setattr(longbench, "answer", lambda *_, **__: pytest.fail("measured again"))
+  assert experiment.run(settings, tmp_path) == report
 
 
 @pytest.mark.parametrize(
