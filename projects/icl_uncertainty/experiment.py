@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from common.errors import UserError
+from common.reporting.measurements import Measurements
 from common.reporting.report import Report
 from projects.icl_uncertainty import bayes, comparators, tables
 from projects.icl_uncertainty.icl_uncertainty import (
@@ -52,7 +54,8 @@ LARGEST_POOL = 4096
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Trains every model, predicts every test set, and reports."""
   check(config)
-  return tables.report(config, workdir, evaluate(config, fit(config, models(config))))
+  params = fit_all(config, Measurements(workdir, config))
+  return tables.report(config, workdir, evaluate(config, params))
 
 
 def check(config: ConfigDict) -> None:
@@ -150,6 +153,22 @@ def fit(config: ConfigDict, chosen: dict[str, Model]) -> dict:
   """Trains the models on every seed: parameters by name, with a leading axis [seeds]."""
   prompts = {name: distribution(config, 0, **model.prompts) for name, model in chosen.items()}
   return train(chosen, prompts, seed_keys(config, 1), chunk=config.chunk)
+
+
+def fit_all(config: ConfigDict, measurements: Measurements) -> dict[str, nnx.State]:
+  """`fit` of all models, as many at a time as train together: a kill costs only their training."""
+  at_a_time = os.cpu_count() if jax.default_backend() == "cpu" else 1
+  chosen, params = list(models(config).items()), {}
+  for start in range(0, len(chosen), at_a_time):
+    group = dict(chosen[start : start + at_a_time])
+    trained = functools.cache(functools.partial(fit, config, group))
+    for name, model in group.items():
+      plain = lambda name=name, trained=trained: nnx.to_pure_dict(trained()[name])
+      kept = measurements.get(f"{name}, trained", plain)
+      # Of the same structure, whether it was trained now or before.
+      params[name] = jax.tree.map(lambda leaf: leaf, abstract_transformer(model.architecture)[1])
+      nnx.replace_by_pure_dict(params[name], kept)
+  return params
 
 
 @functools.partial(jax.jit, static_argnames="architecture")

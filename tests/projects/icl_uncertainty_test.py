@@ -322,6 +322,15 @@ def test_tiny_run_end_to_end(tiny):
   assert rows["in-weight"][4] > rows["ridge, plug-in sigma"][4] > 0
 
 
+def test_a_second_run_trains_nothing_again(tiny, monkeypatch):
+  report, folder = tiny
+  monkeypatch.setattr(experiment, "train", lambda *_, **__: pytest.fail("trained again"))
+  with jax.enable_x64(False):
+    again = experiment.run(config.get_config("tiny"), folder)
+  # As text, in which NaN equals NaN.
+  assert repr(again) == repr(report)
+
+
 def test_steps_lower_the_loss_and_the_mean_only_loss_leaves_the_sd_alone(tiny):
   """With the program that the tiny run compiled: 2 models, 10 steps of 8 prompts of 9 labels."""
   with jax.enable_x64(False):
