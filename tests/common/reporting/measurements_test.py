@@ -78,7 +78,9 @@ plain = st.recursive(
   lambda inner: (
     st.lists(inner)
     | st.lists(inner).map(tuple)
-    | st.dictionaries(st.text() | st.integers(-9, 9) | st.tuples(st.text(), st.integers(0, 9)), inner)
+    | st.dictionaries(
+      st.text() | st.integers(-9, 9) | st.tuples(st.text(), st.integers(0, 9)), inner
+    )
   ),
   max_leaves=20,
 )
