@@ -4,8 +4,8 @@
     for seed in config.seeds:
       losses = measurements.get(f"RTN, seed {seed}", lambda: window_losses(rtn(model), windows))
 
-A measurement is what the tables need of a model, not the model. What only the missing measurements
-need is best computed within them.
+A measurement is what the tables need of a model, not the model (but for small ones, whose training is
+what takes long). What only the missing measurements need is best computed within them.
 """
 
 import dataclasses
@@ -69,7 +69,7 @@ class Measurements:
     self._names.add(name)
     if self._folder is None:
       return self._from_plain(serialization.msgpack_restore(self._to_bytes(measure())))
-    path = self._folder / f"{urllib.parse.quote(name, safe=' ,+=')}.msgpack"
+    path = self._folder / f"{_file_name(name)}.msgpack"
     if not path.exists():
       data = self._to_bytes(measure())
       self._folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +122,14 @@ class Measurements:
 def discard_measurements(workdir: pathlib.Path) -> None:
   """Removes what unfinished runs left in the folder, as one has ended there."""
   shutil.rmtree(workdir / _FOLDER, ignore_errors=True)
+
+
+def _file_name(name: str) -> str:
+  """The name as a file system takes it; of a long one, such as of a path, the end and a digest."""
+  quoted = urllib.parse.quote(name, safe=" ,+=")
+  if len(quoted) <= 200:
+    return quoted
+  return f"{hashlib.sha256(name.encode()).hexdigest()[:16]} {quoted[-180:]}"
 
 
 def _fingerprint(config: Mapping[str, Any]) -> str:

@@ -11,21 +11,19 @@ from common.models.decoder import Decoder
 from common.reporting import plots
 from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
-from projects.awq.methods import awq, awq_settings, calibration, gptq
+from projects.awq.methods import awq, awq_settings, calibration, gptq, integer_format
 
 
 def calibration_robustness(
   base: BaseModel,
+  workdir,
   config,
   evaluation,
-  draws,
-  format,
   measurements: Measurements,
-  workdir,
   report: Report,
 ) -> None:
   """Loss when the calibration domain is not the evaluation domain (the paper's Figure 8b)."""
-  del draws  # Each domain gives its own.
+  format = integer_format(config, config.bits)
   model = base.model
   names = [domain.split(":")[-1] for domain in config.domains]
   full = measurements.get("robustness, full precision", lambda: evaluation.losses_by_domain(model))
@@ -87,16 +85,14 @@ def calibration_robustness(
 def sample_efficiency(
   base: BaseModel,
   variants: dict[str, Callable[[], Decoder]],
+  workdir,
   config,
   evaluation,
-  draws,
-  format,
   measurements: Measurements,
-  workdir,
   report: Report,
 ) -> None:
   """Loss against the number of calibration sequences (the paper's Figure 8a)."""
-  del draws  # Each size gives its own.
+  format = integer_format(config, config.bits)
   variant, model = list(variants.items())[-1]
   model = functools.cache(model)
   full = measurements.get("sample sizes, full precision", lambda: evaluation.losses(model()))

@@ -49,7 +49,6 @@ class Outcome(NamedTuple):
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Runs every part that the config asks for."""
   base = base_model(config.model)
-  format = integer_format(config, config.bits)
   evaluation = load_evaluation(config, base)
   draws = {seed: mixed_calibration(config, base, seed) for seed in config.seeds}
   # The copy with outliers is made by each part that needs it: a part has one model at a time.
@@ -59,19 +58,18 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
 
   measurements = Measurements(workdir, config, (Outcome, WindowLosses))
   report = Report(tables=[], figures=[], claims=[])
-  setting = (config, evaluation, draws, format, measurements, workdir, report)
+  setting = (config, evaluation, measurements, report)
   parts = []
   for variant, model in variants.items():
-    parts.append(functools.partial(compare_methods, variant, model, *setting))
+    parts.append(functools.partial(compare_methods, variant, model, draws, workdir, *setting))
   for variant, model in variants.items():
-    parts.append(functools.partial(salient_channels, variant, model, *setting))
+    parts.append(functools.partial(salient_channels, variant, model, draws, *setting))
   if config.matrix_draws:
-    parts.append(functools.partial(calibration_robustness, base, *setting))
+    parts.append(functools.partial(calibration_robustness, base, workdir, *setting))
   if config.sample_sizes:
-    parts.append(functools.partial(sample_efficiency, base, variants, *setting))
-  parts.append(
-    functools.partial(final_model, base, config, evaluation, draws, format, workdir, report)
-  )
+    parts.append(functools.partial(sample_efficiency, base, variants, workdir, *setting))
+  tokens = draws[config.seeds[0]]
+  parts.append(functools.partial(final_model, base, tokens, workdir, config, evaluation, report))
   for part in track(parts, "AWQ", console=Console(stderr=True)):
     part()
   return report
@@ -80,12 +78,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
 def compare_methods(
   variant: str,
   model: Callable[[], Decoder],
+  draws,
+  workdir,
   config,
   evaluation,
-  draws,
-  format,
   measurements: Measurements,
-  workdir,
   report: Report,
 ) -> None:
   """The main table: perplexity per method and width, and claims 1 and 4 of the paper."""
@@ -224,16 +221,14 @@ def plot_methods(config, variant, full, nll, workdir, report: Report) -> None:
 def salient_channels(
   variant: str,
   model: Callable[[], Decoder],
+  draws,
   config,
   evaluation,
-  draws,
-  format,
   measurements: Measurements,
-  workdir,
   report: Report,
 ) -> None:
   """Tables 1 and 2 of the paper: which channels matter, and what scaling them does."""
-  del workdir
+  format = integer_format(config, config.bits)
   model = functools.cache(model)
   get = lambda name, measure: measurements.get(f"salient channels, {variant}, {name}", measure)
   full = get("full precision", lambda: evaluation.losses(model()))
@@ -320,12 +315,11 @@ def gap_closed(loss: WindowLosses, rtn: WindowLosses, full: WindowLosses) -> flo
   return float((rtn.nll.mean() - loss.nll.mean()) / (rtn.nll.mean() - full.nll.mean()))
 
 
-def final_model(
-  base: BaseModel, config, evaluation, draws, format, workdir, report: Report
-) -> None:
+def final_model(base: BaseModel, tokens, workdir, config, evaluation, report: Report) -> None:
   """What a user takes home: the packed model's size, choices and text, and the search result."""
+  format = integer_format(config, config.bits)
   model, settings = base.model, awq_settings(config, format)
-  searches = search_model(model, draws[config.seeds[0]], settings)
+  searches = search_model(model, tokens, settings)
   candidates = {
     "full precision": lambda: model,
     "RTN": lambda: rtn(model, format),

@@ -143,7 +143,7 @@ def compare(
   for j, seed in enumerate(config.network_seeds):
     in_full = functools.partial(accuracy, seed)
     full.append(measurements.get(f"{title}, full precision, seed {seed}", in_full))
-    for bits in (*all_bits, *(config.network_other_bits if j == 0 else ())):
+    for bits in dict.fromkeys((*all_bits, *(config.network_other_bits if j == 0 else ()))):
       protocol = make_protocol(config, bits)
       for method in methods:
         outcomes[bits, method].append(outcome(f"W{bits}", method, seed, protocol))

@@ -79,7 +79,7 @@ def compare_on_language_model(
     for variant, gain in variants.items():
       seeds = config.seeds[: 1 if gain is None else None]
       # Other widths on the last variant only.
-      widths = config.other_bits if variant == last else ()
+      widths = [b for b in config.other_bits if b != config.bits] if variant == last else ()
       excess[variant] = compare_methods(
         config,
         variant,

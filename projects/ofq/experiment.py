@@ -99,6 +99,7 @@ def run_digits(config: ConfigDict, workdir: pathlib.Path) -> Report:
     groups = [tuple(m for m in methods if m in (QKR, CGA))] if {QKR, CGA} & set(methods) else []
     groups += [(m,) for m in methods if m not in (QKR, CGA)]
     work += [(group, bits, seed) for group in groups for seed in seeds]
+  work = list(dict.fromkeys(work))  # `other_bits` may name `bits`.
   measurements = Measurements(workdir, config, (Run,))
   for job, of_job in train_all(config, teacher, work, measurements).items():
     for method, run in of_job.items():

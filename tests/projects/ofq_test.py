@@ -413,7 +413,9 @@ def test_a_wrong_config_is_refused():
 
 
 def test_tiny_run(tmp_path, monkeypatch):
-  report = experiment.run(config.get_config("tiny"), tmp_path)
+  tiny = config.get_config("tiny")
+  tiny.other_bits = (tiny.bits,)  # Trained once.
+  report = experiment.run(tiny, tmp_path)
   accuracy, layers, _ = report.tables
   assert [row[0] for row in accuracy.rows] == [
     "full precision",
@@ -427,4 +429,4 @@ def test_tiny_run(tmp_path, monkeypatch):
   assert len(report.claims) == 5 and "query_key" in [c.name for c in layers.columns]
   # After a kill the same command trains nothing again.
   monkeypatch.setattr(digits_runs, "train_methods", None)
-  assert experiment.run(config.get_config("tiny"), tmp_path) == report
+  assert experiment.run(tiny, tmp_path) == report

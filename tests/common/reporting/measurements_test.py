@@ -92,6 +92,14 @@ def test_any_plain_value_comes_back(tmp_path_factory, value):
   assert repr(measurements.get("a", lambda: value)) == repr(value)
 
 
+def test_a_name_may_be_long(tmp_path):
+  names = [f"{kind} on /data/{'sub/' * 100}" for kind in ("a", "b")]
+  first, second = Measurements(tmp_path, CONFIG), Measurements(tmp_path, CONFIG)
+  for name in names:
+    first.get(name, lambda name=name: name)
+  assert [second.get(name, never) for name in names] == names
+
+
 def test_a_failed_measurement_leaves_nothing(tmp_path):
   with pytest.raises(ZeroDivisionError):
     Measurements(tmp_path, CONFIG).get("a", lambda: 1 / 0)
