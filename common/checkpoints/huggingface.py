@@ -140,7 +140,8 @@ class Checkpoint:
           f"config.json asks for {variable.shape}"
         )
       value = np.ascontiguousarray(value).astype(dtype or value.dtype)
-      flat[path] = variable.replace(jnp.asarray(value))
+      # `jnp.asarray` would compile a program for each shape.
+      flat[path] = variable.replace(jax.device_put(value))
     module = nnx.merge(graphdef, nnx.State.from_flat_path(flat))
     if quantized:
       # Imported here: quantization is built on checkpoints, not the other way round.

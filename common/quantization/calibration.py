@@ -297,7 +297,7 @@ def check_finite(module: nnx.Module, x: Array | None = None) -> None:
   parameters = nnx.to_flat_state(nnx.state(module, nnx.Param))
   tensors = [(".".join(map(str, path)), leaf[...]) for path, leaf in parameters]
   tensors += [] if x is None else [("the calibration activations", x)]
-  for (name, _), finite in zip(tensors, jax.device_get(_all_finite([v for _, v in tensors]))):
+  for (name, _), finite in zip(tensors, jax.device_get([_is_finite(v) for _, v in tensors])):
     if not finite:
       raise UserError(
         f"{name}: NaN or infinite values, expected finite ones; mend the checkpoint or the "
@@ -329,14 +329,12 @@ def token_mask(x: Array, context: AttentionContext) -> Array:
 _quantize = jax.jit(rtn.quantize, static_argnums=1)
 
 
+# Of one tensor: blocks of every kind share the program of a shape.
 @jax.jit
-def _all_finite(tensors):
-  def finite(x):
-    if jax.typeof(x).memory_space != jax.memory.Space.Host:
-      return jnp.isfinite(x).all()
-    return jax.lax.map(lambda row: jnp.isfinite(on_device(row)).all(), x).all()
-
-  return [finite(x) for x in tensors]
+def _is_finite(x):
+  if jax.typeof(x).memory_space != jax.memory.Space.Host:
+    return jnp.isfinite(x).all()
+  return jax.lax.map(lambda row: jnp.isfinite(on_device(row)).all(), x).all()
 
 
 @functools.partial(jax.jit, static_argnums=0)

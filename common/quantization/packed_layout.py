@@ -241,7 +241,7 @@ def _build(described: Any, tensors: Tensors) -> Any:
     array = tensors.pop(described["$tensor"])
     if "dtype" in described:
       array = _unpack_bytes(array, described["dtype"], tuple(described["shape"]))
-    return jnp.asarray(array)
+    return jax.device_put(array)  # `jnp.asarray` would compile a program for each shape.
   if "$dtype" in described:
     return jnp.dtype(described["$dtype"])
   if "$activation" in described:

@@ -98,7 +98,7 @@ class QuantizedArray:
       self.zero_points,
       bits=self.format.bits,
       rows=self.shape[0],
-      dtype=dtype,
+      dtype=jnp.dtype(dtype),  # As jnp.float32 it would be another program.
     )
 
   def bits_per_weight(self) -> float:
