@@ -46,6 +46,14 @@ class Outcome(NamedTuple):
   seconds: float
 
 
+class Taken(NamedTuple):
+  """What the last table shows of a model that is taken home; `bits` as above."""
+
+  bits: float
+  accuracy: float
+  continuation: str
+
+
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """Runs every part that the config asks for."""
   base = base_model(config.model)
@@ -56,7 +64,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   if config.outlier_variant:
     variants["outlier"] = lambda: inject_outliers(base.model, jax.random.key(0))
 
-  measurements = Measurements(workdir, config, (Outcome, WindowLosses))
+  measurements = Measurements(workdir, config, (Outcome, Taken, WindowLosses))
   report = Report(tables=[], figures=[], claims=[])
   setting = (config, evaluation, measurements, report)
   parts = []
@@ -69,7 +77,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   if config.sample_sizes:
     parts.append(functools.partial(sample_efficiency, base, variants, workdir, *setting))
   tokens = draws[config.seeds[0]]
-  parts.append(functools.partial(final_model, base, tokens, workdir, config, evaluation, report))
+  parts.append(functools.partial(final_model, base, tokens, workdir, *setting))
   for part in track(parts, "AWQ", console=Console(stderr=True)):
     part()
   return report
@@ -315,36 +323,43 @@ def gap_closed(loss: WindowLosses, rtn: WindowLosses, full: WindowLosses) -> flo
   return float((rtn.nll.mean() - loss.nll.mean()) / (rtn.nll.mean() - full.nll.mean()))
 
 
-def final_model(base: BaseModel, tokens, workdir, config, evaluation, report: Report) -> None:
+def final_model(
+  base: BaseModel,
+  tokens,
+  workdir,
+  config,
+  evaluation,
+  measurements: Measurements,
+  report: Report,
+) -> None:
   """What a user takes home: the packed model's size, choices and text, and the search result."""
   format = integer_format(config, config.bits)
   model, settings = base.model, awq_settings(config, format)
-  searches = search_model(model, tokens, settings)
-  candidates = {
-    "full precision": lambda: model,
-    "RTN": lambda: rtn(model, format),
-    "AWQ": lambda: apply_to_model(model, searches, format),
-  }
-  search_result.save(workdir / "search.safetensors", searches, settings)
+
+  def searched() -> Decoder:
+    searches = search_model(model, tokens, settings)
+    search_result.save(workdir / "search.safetensors", searches, settings)
+    return apply_to_model(model, searches, format)
+
   windows = np.concatenate(list(evaluation.windows.values()))
   questions = continuation_questions(
     windows[: config.choice_questions], choice_length=8, num_choices=4, seed=0
   )
   prompt = windows[0][:24].tolist()
-  rows = []
-  for name, make in candidates.items():
+
+  def measure(make: Callable[[], Decoder]) -> Taken:
     candidate = make()
-    bits = 32.0 if name == "full precision" else bits_per_weight(candidate.blocks)
+    bits = 32.0 if candidate is model else bits_per_weight(candidate.blocks)
     (continuation,) = generate(candidate, [prompt], max_new_tokens=24)
-    rows.append(
-      [
-        name,
-        bits,
-        block_parameters(model) * bits / 8 / 1e6,
-        choice_accuracy(candidate, questions).accuracy,
-        repr(base.tokenizer.decode(continuation)),
-      ]
-    )
+    accuracy = choice_accuracy(candidate, questions).accuracy
+    return Taken(bits, accuracy, base.tokenizer.decode(continuation))
+
+  rows = []
+  candidates = {"full precision": lambda: model, "RTN": lambda: rtn(model, format), "AWQ": searched}
+  for name, make in candidates.items():
+    taken = measurements.get(f"packed model, {name}", functools.partial(measure, make))
+    megabytes = block_parameters(model) * taken.bits / 8 / 1e6
+    rows.append([name, taken.bits, megabytes, taken.accuracy, repr(taken.continuation)])
   report.tables.append(
     Table(
       f"The packed model, INT{format.bits}",

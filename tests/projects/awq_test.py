@@ -20,8 +20,6 @@ from common.quantization.quantized_array import IntegerFormat
 from projects.awq import config, experiment, methods, salient, search_result
 from tests.common.models.small_decoders import ARCHITECTURES, logits, random_decoder, random_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "awq"
 # The tiny preset's model, tokens and settings: the tests share its compiled programs.
 TINY = config.get_config("tiny")
@@ -498,9 +496,9 @@ def test_tiny_run(tmp_path, monkeypatch):
   assert rows["AWQ"][5] == pytest.approx(3 + 19 / 32)
   assert all(np.isfinite(row[2]) for row in rows.values())
   assert (tmp_path / "search.safetensors").exists()
-  # The same command after a kill: only the model to take home is quantized again.
+  # The same command after a kill.
   never = lambda *_, **__: pytest.fail("measured again")
   for module in (methods, experiment):
     monkeypatch.setattr(module, "quantize_model", never)
-  monkeypatch.setattr(methods, "search_model", never)
+    monkeypatch.setattr(module, "search_model", never)
   assert experiment.run(config.get_config("tiny"), tmp_path) == report
