@@ -10,6 +10,12 @@ from common import cli
 cli.prepare_jax()
 import jax  # noqa: E402
 
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+  # The programs of most tests run once, and to optimize them takes far longer. So do those of the
+  # processes that tests start; programs for TPU are the same.
+  jax.config.update("jax_disable_most_optimizations", True)
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+
 # XLA's older emitters of fused loops, a module at a time: the tests compile far more than they run,
 # and these compile in a fraction of the time. XLA reads its flags at the first compilation, libtpu, which
 # ends the process at one that it does not know, later.
@@ -34,14 +40,6 @@ def free_programs():
   """
   yield
   jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-  """For files whose programs run once: to compile them takes far longer than to run them."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

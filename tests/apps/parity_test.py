@@ -9,8 +9,6 @@ import pytest
 from apps import parity
 from common.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "hf_checkpoints"
 CHECKPOINTS = {
   "bert": "BertForMaskedLM",

@@ -21,8 +21,6 @@ from projects.adadim.adadim import PER_IC, PER_OC, AdaDimSettings, along
 from projects.adadim.gptq_per_ic import gptq_per_ic
 from tests.common.models.small_decoders import ARCHITECTURES, logits, random_decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "adadim" / "rtn_and_gptq_axes.npz"
 TINY = config.get_config("tiny")
 # Of the tests of one layer, and of the tests on the tiny preset's model.

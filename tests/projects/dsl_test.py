@@ -22,7 +22,6 @@ from projects.dsl.problem import OUTCOME, regression
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "dsl" / "moment_estimator.npz"
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 estimate = jax.jit(moments.estimate, static_argnums=0)
 
 

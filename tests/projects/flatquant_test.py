@@ -60,8 +60,6 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 README = pathlib.Path(experiment.__file__).parent / "README.md"
 GOLDEN = np.load(
   pathlib.Path(__file__).parents[1] / "golden/flatquant/transform_and_quantizers.npz"

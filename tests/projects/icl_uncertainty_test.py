@@ -33,8 +33,6 @@ from projects.icl_uncertainty.prompts import (
   sample_prompts,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 N, T, D = 64, 10, 2  # Prompts, labels, covariates: of the tiny preset, so that shapes recur.
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((N, T, D))

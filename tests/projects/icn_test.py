@@ -26,8 +26,6 @@ from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "icn" / "mapk.npz"
 VOCAB, NEW = 320, 4
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def world():

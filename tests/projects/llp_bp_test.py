@@ -31,8 +31,6 @@ from projects.llp_bp.belief_propagation import BAG_FACTORS, Ising
 from projects.llp_bp.counts import bag_counts
 from projects.llp_bp.estimator import BagClassifier
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = json.loads(
   (pathlib.Path(__file__).parents[1] / "golden" / "llp_bp" / "pgmax_0.6.1.json").read_text()
 )

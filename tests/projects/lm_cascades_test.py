@@ -23,8 +23,6 @@ from projects.lm_cascades import config as lm_cascades_config
 from projects.lm_cascades.cascade import generation_flops, run_cascade
 from projects.lm_cascades.translation import EOS, make_language, make_pairs, model_config
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ALPHAS = np.array([0, 0.1, 0.37, 0.5, 1], np.float32)
 BATCH, SLOTS = 6, 5
 

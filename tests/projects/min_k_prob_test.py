@@ -20,8 +20,6 @@ from projects.min_k_prob.paraphrase import paraphrase
 from projects.min_k_prob.pretraining import decoder_config, packed_rows
 from projects.min_k_prob.token_log_probs import encode, token_log_probs
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "min_k_prob"
 TEXTS = [
   "def f(x):\n  return x",

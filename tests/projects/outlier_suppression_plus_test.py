@@ -47,8 +47,6 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 TESTS = pathlib.Path(__file__).parents[1]
 CHECKPOINTS = TESTS / "golden" / "hf_checkpoints"
 

@@ -47,8 +47,6 @@ from projects.ppd.training import Student
 from tests.common.decoding.parallel_prompt_test import PROMPTS, SMALL, random_prompts
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "ppd"
 
 

@@ -29,8 +29,6 @@ from projects.prepacking.prepacking import (
 )
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "prepacking"
 # One prompt of a single token, which has nothing in the packed rows.
 LENGTHS = (9, 1, 5, 12, 5, 2)

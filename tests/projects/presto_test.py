@@ -22,8 +22,6 @@ from projects.presto import appendix_e, config, data, experiment, likelihood, pr
 from projects.presto.estimator import Presto
 from projects.presto.metrics import paired_test, squared_calibration_error
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "presto" / "fixed_lambda_fits.npz")
 X, Y = GOLDEN["X"], GOLDEN["y"] - 1
 N, K = len(Y), 4

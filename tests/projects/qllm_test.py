@@ -34,8 +34,6 @@ from projects.qllm.qllm import (
 )
 from projects.qllm.settings import Settings, Tuning
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "qllm" / "channel_reassembly.npz"
 W4, A4 = IntegerFormat(4), ActivationFormat(4, include_zero=False)
 round_to_nearest = jax.jit(rtn.fake_quantize, static_argnums=1)

@@ -37,8 +37,6 @@ from projects.quantile_aggregation.aggregators import Form
 from projects.quantile_aggregation.estimator import QuantileAggregator
 from projects.quantile_aggregation.search import Budget, Shape, fold_masks, padded
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "quantile_aggregation"
 GOLDEN = np.load(FOLDER / "aggregators_isotonic_scores.npz")
 TAUS = GOLDEN["taus"]

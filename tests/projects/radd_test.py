@@ -19,8 +19,6 @@ from projects.radd import config, exact, experiment, likelihood, network, radd, 
 from projects.radd.network import Denoiser, decoder_config
 from projects.radd.training import parameter_ema
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "radd"
 V, LENGTH = 3, 3  # Of everything that is enumerated; the mask token is V.
 MASKS = np.array(list(itertools.product([False, True], repeat=LENGTH))[1:])

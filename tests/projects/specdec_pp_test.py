@@ -38,8 +38,6 @@ from projects.specdec_pp.specdec_pp import (
 from projects.specdec_pp.training_data import continue_prompts
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "specdec_pp" / "acceptance_head_loss.npz"
 SAMPLED = Sampling(1.0)
 

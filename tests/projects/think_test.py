@@ -21,11 +21,6 @@ from projects.think import config, evaluation, experiment, longbench, recall, st
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "think"
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compilation):
-  """Compilations take most of the time here."""
-
-
 @functools.cache
 def random_heads(heads=4, kv_heads=2, slots=20, head_dim=8, seed=0):
   rng = np.random.default_rng(seed)

@@ -43,8 +43,6 @@ from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "verbose_images"
 WIDTH, SAMPLES = 12, 2
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def golden(name):
   with np.load(GOLDEN / f"{name}.npz") as arrays:

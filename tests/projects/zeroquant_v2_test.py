@@ -43,8 +43,6 @@ from projects.zeroquant_v2.zeroquant_v2 import (
 fake_quantize = jax.jit(fake_quantize_weight, static_argnums=(1, 2))
 run = nnx.jit(lambda layer, x: layer(x))
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "zeroquant_v2"
 # The tiny run's, so that its programs serve every test.
 TINY = config.get_config("tiny")

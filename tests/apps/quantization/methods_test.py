@@ -26,8 +26,6 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dataclasses.replace(ARCHITECTURES["llama"], num_layers=2)
 OPTIONS = Options(group_size=16, steps=4, epochs=1, rank=2, vector_length=2)
 

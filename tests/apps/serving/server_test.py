@@ -38,8 +38,6 @@ from common.quantization.quantized_array import IntegerFormat
 from projects.think.think import query_driven_scores
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dataclasses.replace(ARCHITECTURES["llama"], vocab_size=512)
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 SLOTS, MAX_LENGTH, MAX_QUEUE = 4, 96, 6

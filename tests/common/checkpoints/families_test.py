@@ -13,8 +13,6 @@ from common.checkpoints.family import ACTIVATIONS, read_activation, write_activa
 from common.checkpoints.huggingface import Checkpoint, load_decoder, save_model
 from common.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "hf_checkpoints"
 CHECKPOINTS = [
   "bert",

@@ -14,8 +14,6 @@ from common.checkpoints.huggingface import Checkpoint, hf_config, parameter_coun
 from common.errors import UserError
 from common.models.mobilenet import InvertedResidual, MobileNetConfig, Stage
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "hf_checkpoints" / "mobilenet_v2"
 FAMILY = MOBILENET["mobilenet_v2"]
 

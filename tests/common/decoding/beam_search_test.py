@@ -22,8 +22,6 @@ from tests.common.models.small_decoders import (
   random_encoder_decoder,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [9]]
 # All texts of 4 tokens are 81, of which 27 beams hold every one of 3 tokens.

@@ -11,8 +11,6 @@ from common.decoding.cache import keep_slots, roll_back, take_rows, unpack
 from common.models.decoder import KVCache
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 sums in another order.
 TOLERANCE = {"atol": 2e-5}
 

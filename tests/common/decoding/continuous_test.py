@@ -20,8 +20,6 @@ from common.decoding.speculative import constant
 from projects.think.think import query_driven_scores
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LENGTH, SLOTS, DRAFTS = 48, 4, 3
 PROMPTS = [[5, 6, 7], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [4, 4], [3, 1, 4, 1, 5]]
 

@@ -22,8 +22,6 @@ from tests.common.models.small_decoders import (
   random_encoder_decoder,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [9]]
 
 

@@ -28,8 +28,6 @@ from common.errors import UserError
 from common.models.decoder import Decoder, KVCache
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [9]]
 # Wide enough that random guesses are right now and then; nodes lead to all states.
 TREES = [

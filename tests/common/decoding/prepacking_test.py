@@ -25,8 +25,6 @@ from tests.common.models.small_decoders import (
   random_encoder_decoder,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 sums in another order.
 TOLERANCE = {"atol": 2e-5}
 # One prompt of a single token, which has nothing in the packed rows; two that are equal.

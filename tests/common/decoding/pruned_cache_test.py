@@ -46,11 +46,6 @@ def grouped_query_decoder():
 SIZES = Compression(key_energy, ratio=0.0, recent=8, window=8)
 
 
-@pytest.fixture(autouse=True)
-def _quick(quick_compilation):
-  """Compilations take most of the time here."""
-
-
 @pytest.mark.parametrize(
   "architecture, changes",
   [

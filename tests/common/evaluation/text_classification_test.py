@@ -19,8 +19,6 @@ from projects.outlier_suppression_plus import config as osp_config
 from projects.outlier_suppression_plus import experiment as osp_experiment
 from tests.common.models.small_classifier import CHECKPOINT, write_classifier
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):

@@ -1,12 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from common.models.mobilenet import InvertedResidual, MobileNet, MobileNetConfig, Stage
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = MobileNetConfig(
   stem_channels=4,

@@ -14,8 +14,6 @@ from common.training.losses import next_token_loss
 from common.training.optimizer import make_optimizer
 from common.training.train_step import init_train_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = DecoderConfig(
   vocab_size=64,
   hidden_size=32,

@@ -18,8 +18,6 @@ from common.errors import UserError
 from common.models import swin
 from common.models.swin import Swin, SwinBlock, SwinConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "hf_checkpoints"
 # Windows of 4 on 8 x 8 tokens; windows of 3 on 7 x 5, padded, from images that are padded too.
 CHECKPOINTS = {"swin": "SwinForImageClassification", "swin_model_padded": "SwinModel"}

@@ -24,8 +24,6 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CONFIG = dataclasses.replace(ARCHITECTURES["llama"], num_layers=1)
 quantize = jax.jit(rtn.quantize, static_argnums=1)
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -48,8 +48,6 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LLAMA = ARCHITECTURES["llama"]
 FORMAT = IntegerFormat(2, 16)
 # More than one pass takes, and not a multiple of it.

@@ -35,8 +35,6 @@ from common.quantization.reconstruction import (
 from common.quantization.straight_through import straight_through
 from tests.common.models.small_decoders import ARCHITECTURES, random_module
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LLAMA = ARCHITECTURES["llama"]
 FORMAT = IntegerFormat(2)
 ADAM = optax.adam(3e-3)

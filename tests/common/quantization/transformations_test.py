@@ -51,8 +51,6 @@ from tests.common.models.small_decoders import (
   random_tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 CHECKPOINTS = pathlib.Path(__file__).parents[2] / "golden" / "hf_checkpoints"
 NAMES = ("llama", "llama_gqa_tied", "mistral", "opt", "gpt2", "gpt_neox")
 # Random decoders of the architectures that no checkpoint has.

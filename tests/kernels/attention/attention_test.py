@@ -16,8 +16,6 @@ from common.compilation.topology import tpu_slice
 from kernels.attention import masks, mosaic_tpu, tpu_blocks
 from kernels.attention.api import attention
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 sums of up to a few hundred products of order 1; scores are also scaled by log2(e).
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 

@@ -18,8 +18,6 @@ from tests.kernels.gpu_interpreter import (
   with_cuda_plugin,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def inputs(batch=1, heads=1, kv_heads=1, seq=200, keys=None, key_dim=64, value_dim=64, seed=0):
   rng = np.random.default_rng(seed)

@@ -17,8 +17,6 @@ from common.compilation.topology import tpu_slice
 from kernels.decode_attention import tpu_block, tpu_pages
 from kernels.decode_attention.api import decode_attention, quantize_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # float32 sums of up to a few hundred products of order 1; scores are also scaled by log2(e).
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 

@@ -17,7 +17,6 @@ from tests.kernels.gpu_interpreter import (
   with_cuda_plugin,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LENGTHS, STARTS = jnp.array([200, 17, 0]), jnp.array([140, 3, 0])
 
 

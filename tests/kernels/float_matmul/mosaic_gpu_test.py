@@ -17,7 +17,6 @@ from tests.kernels.gpu_interpreter import (
   with_cuda_plugin,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 FORMATS = [(4, 3), (2, 1), (1, 2), (3, 0)]
 
 

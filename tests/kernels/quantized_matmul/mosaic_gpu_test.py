@@ -23,7 +23,6 @@ from tests.kernels.gpu_interpreter import (
   with_cuda_plugin,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 BITS = (2, 3, 4, 8)
 
 
