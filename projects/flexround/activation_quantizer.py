@@ -3,6 +3,8 @@
 x_hat = s (clip(round(x / s), -z, 2^n - 1 - z)),  z fixed at initialisation      (per tensor)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -55,8 +57,13 @@ def learn_inputs(module: nnx.Module, inputs: dict[str, Array], format: Activatio
     format: a per-tensor format.
   """
   for path, x in inputs.items():
-    low, high = static_range(x[None], format, "mse")
+    low, high = _nearest_range(x, format)
     replace_module(module, path, LearnedInput(get_module(module, path), format, low, high))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _nearest_range(x: Array, format: ActivationFormat) -> tuple[Array, Array]:
+  return static_range(x[None], format, "mse")
 
 
 def freeze_inputs(module: nnx.Module) -> None:

@@ -64,12 +64,13 @@ def load(seed: int) -> Digits:
   """A stratified split of the digits: 1200 to train on, 597 to test."""
   images, labels = load_digits(return_X_y=True)
   images = jnp.asarray(images.reshape(-1, 8, 8, 1) / 8 - 1, jnp.float32)
-  images = jax.image.resize(images, (len(images), SIDE, SIDE, 1), "bilinear")
+  # Split on the host, where nothing is compiled for it.
+  images = np.asarray(jax.image.resize(images, (len(images), SIDE, SIDE, 1), "bilinear"))
   train, test = train_test_split(
     np.arange(len(labels)), train_size=NUM_TRAIN, stratify=labels, random_state=seed
   )
-  labels = jnp.asarray(labels, jnp.int32)
-  return Digits(images[train], labels[train], images[test], labels[test])
+  labels = labels.astype(np.int32)
+  return jax.device_put(Digits(images[train], labels[train], images[test], labels[test]))
 
 
 def digits_network(config: ConfigDict, name: str, seed: int) -> Network:

@@ -29,6 +29,7 @@ from common.quantization.quantized_array import IntegerFormat, QuantizedArray, f
 from common.quantization.quantized_kernel import quantize_kernels, quantized_kernels
 from common.quantization.reconstruction import (
   Learned,
+  OptimizerOfRate,
   ReconstructionLog,
   ReconstructionSettings,
   reconstruct,
@@ -158,6 +159,12 @@ def make_optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransf
   return optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
 
 
+@functools.cache
+def optimizer_of(num_steps: int) -> OptimizerOfRate:
+  """`make_optimizer` of a rate, the same object for the same steps: a key of compilations."""
+  return functools.partial(make_optimizer, num_steps=num_steps)
+
+
 def feature_sum(student: nnx.Module, output: Array, target: Array, progress: Array) -> Array:
   """The objective || f(X) - f_q(X_q) ||^2, float32 []: summed over features, averaged over the rest.
 
@@ -175,7 +182,8 @@ def learn_block(
   key: Array,
   settings: FlexRoundSettings,
   reconstruction: ReconstructionSettings,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation | OptimizerOfRate,
+  learning_rate: float | None = None,
 ) -> tuple[Block, ReconstructionLog]:
   """A copy of a transformer block whose linears have learned `FlexRound` kernels.
 
@@ -186,7 +194,8 @@ def learn_block(
     key: of the batches and of QDrop.
     settings: what is learned.
     reconstruction: how long; `drop_probability` is QDrop's.
-    optimizer: see `make_optimizer`.
+    optimizer: see `make_optimizer`; with a `learning_rate`, `optimizer_of` the number of steps.
+    learning_rate: see `reconstruct`.
 
   Raises:
     UserError: a weight or an input is NaN or infinite, or the group size does not divide.
@@ -207,6 +216,7 @@ def learn_block(
     key,
     reconstruction,
     optimizer,
+    learning_rate=learning_rate,
     full_precision_inputs=x.full_precision,
     objective=feature_sum,
   )
@@ -220,8 +230,9 @@ def quantize_block(
   *,
   settings: FlexRoundSettings,
   reconstruction: ReconstructionSettings,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformation | OptimizerOfRate,
   key: Array,
+  learning_rate: float | None = None,
 ) -> Block:
   """`learn_block`, then packed: the function that `quantize_blocks(..., stream="both")` takes.
 
@@ -229,11 +240,13 @@ def quantize_block(
 
   Args:
     index: of the block; every block has its own batches.
-    block, x, context, settings, reconstruction, optimizer: see `learn_block`.
+    block, x, context, settings, reconstruction, optimizer, learning_rate: see `learn_block`.
     key: of the whole model.
   """
   key = jax.random.fold_in(key, index)
-  learned, _ = learn_block(block, x, context, key, settings, reconstruction, optimizer)
+  learned, _ = learn_block(
+    block, x, context, key, settings, reconstruction, optimizer, learning_rate
+  )
   return pack_block(learned, settings.format)
 
 

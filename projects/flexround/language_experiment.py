@@ -85,7 +85,7 @@ def compare_on_language_model(
   require_harness(config.tasks)
   base = base_model(config.model)
   windows = held_out_windows(config, base)
-  draws = {seed: calibration(config, base, seed) for seed in config.model_seeds}
+  draw = functools.cache(functools.partial(calibration, config, base))
   count = min(config.choice_questions, len(windows))
   questions = continuation_questions(windows[:count], choice_length=8, num_choices=4, seed=0)
   protocols = {
@@ -98,9 +98,9 @@ def compare_on_language_model(
   if config.w8a8:
     protocols[w8a8] = w8a8_protocol(config)
   main = next(iter(protocols))
-  first = draws[config.model_seeds[0]]
   rates = measurements.get(
-    "language model, rates", lambda: sweep(config, base.model, first, protocols[main])
+    "language model, rates",
+    lambda: sweep(config, base.model, draw(config.model_seeds[0]), protocols[main]),
   )
   grids_of = functools.lru_cache(maxsize=1)(
     lambda protocol: [initial_grids(block, protocol) for block in base.model.blocks]
@@ -122,7 +122,7 @@ def compare_on_language_model(
     def measure():
       protocol = protocols[setting]
       grids = grids_of(protocol)
-      quantized = quantize(method, base.model, draws[seed], seed, protocol, rates, grids)
+      quantized = quantize(method, base.model, draw(seed), seed, protocol, rates, grids)
       return score(*quantized, last=last)
 
     return measurements.get(f"language model, {setting}, {method}, seed {seed}", measure)
@@ -157,7 +157,7 @@ def compare_on_language_model(
       ],
       rows,
       note=(
-        f"{len(draws)} calibration draws at {config.model_bits} bits, one elsewhere. Choices: "
+        f"{len(config.model_seeds)} calibration draws at {config.model_bits} bits, one elsewhere. Choices: "
         f"{len(questions)} questions, which of four endings (chance 0.25), last draw. Rates chosen "
         f"on the first block's calibration error: {chosen}."
       ),

@@ -28,7 +28,6 @@ from common.quantization.quantized_kernel import (
   quantized_kernels,
 )
 from common.quantization.reconstruction import (
-  OptimizerOfRate,
   ReconstructionSettings,
   Run,
   reconstruct,
@@ -41,7 +40,7 @@ from projects.flexround.flexround import (
   GridShift,
   feature_sum,
   grid_shift,
-  make_optimizer,
+  optimizer_of,
 )
 from projects.flexround.scale_search import initial_scales
 
@@ -100,12 +99,6 @@ class QuantizedUnit(NamedTuple):
   error: float
   losses: Array | None = None
   shifts: dict[str, GridShift] = {}
-
-
-@functools.cache
-def optimizer_of(num_steps: int) -> OptimizerOfRate:
-  """`make_optimizer` of a rate, the same object for the same steps: a key of compilations."""
-  return functools.partial(make_optimizer, num_steps=num_steps)
 
 
 def choose_learning_rate(
@@ -187,7 +180,7 @@ def quantize_unit(
     return _layer_by_layer(method, unit, x, context, key, protocol, learning_rate, run, grids)
   targets = run_unit(unit, x.full_precision, context, run)
   rounded = _student("RTN", unit, x, context, protocol, run, grids)
-  freeze(rounded)
+  freeze_inputs(rounded)
   rtn_error = _error(rounded, x, context, targets, run)
   if method == "RTN":
     return QuantizedUnit(rounded, rtn_error, rtn_error)
@@ -292,7 +285,7 @@ def _layer_by_layer(
   targets = run_unit(unit, x.full_precision, context, run)
   protocol = dataclasses.replace(protocol, layer_wise=False)
   rtn_unit = _student("RTN", unit, x, context, protocol, run, grids)
-  freeze(rtn_unit)
+  freeze_inputs(rtn_unit)
   rtn_error = _error(rtn_unit, x, context, targets, run)
   quantized, shifts = nnx.clone(unit), {}
   for i, path in enumerate(_call_order(unit, x.full_precision, context, run)):

@@ -1,6 +1,7 @@
 """Where s1 and the zero point start: min-max, or a search that minimises |W - W_hat|^2.4."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -34,13 +35,13 @@ def initial_scales(
   """
   if start not in ("search", "min_max"):
     raise UserError(f"start={start!r} is not supported; supported: search, min_max")
-  w = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
-  format.num_groups(w.shape)
-  return _initial_scales(w, format, start)
+  format.num_groups((math.prod(kernel.shape[:-1]), kernel.shape[-1]))
+  return _initial_scales(kernel, format, start)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _initial_scales(w: Array, format: IntegerFormat, start: str) -> tuple[Array, Array]:
+def _initial_scales(kernel: Array, format: IntegerFormat, start: str) -> tuple[Array, Array]:
+  w = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
   return search_scales(w, format) if start == "search" else min_max_scales(w, format)
 
 

@@ -318,9 +318,8 @@ def final_model(
   )
   folded, simulated = make(True), make(False)
   text = jnp.asarray(windows[:1])
-  logits = nnx.jit(lambda model: model(text)[0])
-  expected = logits(simulated)
-  difference = jnp.abs(logits(folded) - expected).max() / jnp.abs(expected).max()
+  expected, found = (np.asarray(_logits(model, text)) for model in (simulated, folded))
+  difference = np.abs(found - expected).max() / np.abs(expected).max()
   chosen = lambda formats, field: ", ".join(
     f"{format} {sum(int(getattr(s, field)) == i for s in search.linears.values())}"
     for i, format in enumerate(formats)
@@ -356,6 +355,11 @@ def final_model(
     report.tables.append(
       Table(f"Zero-shot accuracy, {bits}/{bits}/{bits}", ["method", *columns], rows)
     )
+
+
+@nnx.jit
+def _logits(model: Decoder, tokens: jax.Array) -> jax.Array:
+  return model(tokens)[0]
 
 
 def plot_methods(config: ConfigDict, excess, workdir: pathlib.Path, report: Report) -> None:

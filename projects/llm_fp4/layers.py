@@ -30,7 +30,9 @@ class FPQLinear(nnx.Module):
 
   def __init__(self, linear: nnx.Linear, search: LinearSearch, settings: FPQSettings):
     kernel = linear.kernel[...]
-    self.kernel = nnx.Param(_kernel(kernel, search, settings).astype(kernel.dtype))
+    bits = _format_bits(settings.weight_formats, search.weight_format)
+    rounded = _kernel(kernel, bits, search.weight_bias, search.offsets, settings.fold)
+    self.kernel = nnx.Param(rounded.astype(kernel.dtype))
     self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
     bits = _format_bits(settings.activation_formats, search.activation_format)
     self.activation_format = nnx.Param(bits)
@@ -81,6 +83,6 @@ def fold(linear: nnx.Linear, search: LinearSearch, settings: FPQSettings) -> Flo
   )
 
 
-_kernel = functools.partial(jax.jit, static_argnums=2)(quantized_kernel)
+_kernel = functools.partial(jax.jit, static_argnums=4)(quantized_kernel)
 _format_bits = functools.partial(jax.jit, static_argnums=0)(format_bits)
 _encode = functools.partial(jax.jit, static_argnums=1)(float_format.encode)

@@ -101,6 +101,13 @@ class FPQSettings:
       )
 
   @property
+  def per_tensor(self) -> "FPQSettings":
+    """For tensors with one bias: what is equal here has one program."""
+    return dataclasses.replace(
+      self, weight_bits=self.activation_bits, pre_shifted=False, fold="exact"
+    )
+
+  @property
   def weight_formats(self) -> tuple[FloatFormat, ...]:
     return float_formats(self.weight_bits, self.format_search)
 
@@ -221,6 +228,8 @@ def format_bits(formats: tuple[FloatFormat, ...], index: Array) -> Array:
   return jnp.array([(f.exponent_bits, f.mantissa_bits) for f in formats], jnp.int32)[index]
 
 
+# Traced once for all its uses in a search.
+@jax.jit
 def quantize_to(x: Array, bits: Array, bias: Array) -> Array:
   """x rounded to the format of `format_bits`, with a bias that broadcasts to it; float32."""
   return float_format.fake_quantize(x, _Format(bits[0], bits[1]), bias)
@@ -298,13 +307,20 @@ def search_problem(problem: Problem, settings: FPQSettings) -> Choice:
   return jax.lax.while_loop(going_on, search_round, start)[2] if steps else choice
 
 
-def quantized_kernel(w: Array, search: LinearSearch, settings: FPQSettings) -> Array:
-  """The weights in effect, as seen from inputs that are not shifted, float32 [in, out]."""
-  if settings.fold == "exact":
-    return quantize(w, settings.weight_formats, search.weight_format, search.weight_bias)
-  offsets = search.offsets[:, None]
-  folded = jnp.ldexp(w.astype(jnp.float32), -offsets)
-  folded = quantize(folded, settings.weight_formats, search.weight_format, search.weight_bias)
+def quantized_kernel(w: Array, bits: Array, bias: Array, offsets: Array, fold: str) -> Array:
+  """The weights in effect, as seen from inputs that are not shifted, float32 [in, out].
+
+  Args:
+    w: [in, out].
+    bits: `format_bits` of the weights' format.
+    bias: of each output channel, [out].
+    offsets: of each input channel, int32 [in].
+    fold: of the settings.
+  """
+  if fold == "exact":
+    return quantize_to(w, bits, bias)
+  offsets = offsets[:, None]
+  folded = quantize_to(jnp.ldexp(w.astype(jnp.float32), -offsets), bits, bias)
   return jnp.ldexp(folded, offsets)
 
 

@@ -101,7 +101,8 @@ def search_block(
       np.ones_like(real) if of_output is None else np.asarray(jnp.any(of_output != 0, axis=(1, 3)))
     )
     queries = chosen_queries(real, counted, settings.tokens)
-    found[PATH] = _search_operands(real_operands(block, x, context), queries, settings, of_output)
+    operands = real_operands(block, x, context)
+    found[PATH] = _search_operands(operands, queries, settings.per_tensor, of_output)
   return found
 
 
@@ -241,7 +242,7 @@ def search_model(
   embedding = None
   if embedding_bits is not None and hasattr(model, "embed_tokens"):
     table = model.embed_tokens.embedding[...]
-    embedding = TableSearch(*_search_table(table, embedding_bits, settings)[:2])
+    embedding = TableSearch(*_search_table(table, embedding_bits, settings.per_tensor)[:2])
   return ModelSearch(of_kind(LinearSearch), of_kind(AttentionSearch), embedding)
 
 

@@ -5,7 +5,6 @@ bias is for fully-connected layers (section 4.2). The search is that of the FPQ 
 operand (K^T, V) in the place of the weights. Probabilities keep the sign bit: formats are signed.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -78,9 +77,7 @@ def search_product(
     settings: what to search; `activation_bits` are those of both.
     gradients: of the loss by the product, in its shape, for the metric "hessian".
   """
-  settings = dataclasses.replace(
-    settings, weight_bits=settings.activation_bits, pre_shifted=False, fold="exact"
-  )
+  settings = settings.per_tensor
   left, right = left.astype(jnp.float32), right.astype(jnp.float32)
   start = lambda maximum: start_bias(settings.activation_formats, maximum[None])
   problem = Problem(

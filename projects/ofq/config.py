@@ -78,6 +78,7 @@ def get_config(preset: str = "default") -> ConfigDict:
   if preset == "tiny":
     config.hidden_size = 16
     config.num_layers = 1
+    config.patch_size = 4
     config.pretraining_epochs = 10
     config.other_bits = ()
     config.seeds = (0, 1)

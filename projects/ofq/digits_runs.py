@@ -59,21 +59,28 @@ class Teacher(NamedTuple):
   accuracy: float
 
 
-def pretrain(config: ConfigDict) -> Teacher:
+def pretrain(config: ConfigDict, measurements: Measurements) -> Teacher:
   """The full-precision model that every run starts from and learns from."""
   data = digits.load(0)
   vit = digits.vit_config(
     config.hidden_size, config.num_layers, config.num_heads, config.patch_size
   )
-  model, accuracy = digits.pretrain(
-    vit,
-    data,
-    0,
-    epochs=config.pretraining_epochs,
-    batch_size=config.batch_size,
-    learning_rate=config.pretraining_learning_rate,
-  )
-  return Teacher(data, model, accuracy)
+
+  def train():
+    model, accuracy = digits.pretrain(
+      vit,
+      data,
+      0,
+      epochs=config.pretraining_epochs,
+      batch_size=config.batch_size,
+      learning_rate=config.pretraining_learning_rate,
+    )
+    return nnx.to_pure_dict(nnx.state(model)), accuracy
+
+  trained, accuracy = measurements.get("full precision", train)
+  graphdef, params = nnx.split(nnx.eval_shape(lambda: VisionTransformer(vit, rngs=nnx.Rngs(0))))
+  nnx.replace_by_pure_dict(params, jax.device_put(trained))
+  return Teacher(data, nnx.merge(graphdef, params), accuracy)
 
 
 def trained_model(

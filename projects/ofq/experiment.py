@@ -36,6 +36,7 @@ PAPER_DEIT_TINY = {"full precision": 72.02, 2: 64.33, 3: 72.72, 4: 75.46}
 # How much accuracy a method that is "not worse" may lose: the paper's gains are of 8 to 10 points,
 # and one image of 597 is 0.17.
 MARGIN = 0.01
+TOY_STEPS = 1000
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
@@ -85,7 +86,8 @@ def check_config(config: ConfigDict) -> None:
 
 def run_digits(config: ConfigDict, workdir: pathlib.Path) -> Report:
   """All methods on the digits."""
-  teacher = pretrain(config)
+  measurements = Measurements(workdir, config, (Run,))
+  teacher = pretrain(config, measurements)
   runs: dict[tuple[str, int], list[Run]] = {}
   chosen = lambda methods: [m for m in config.methods if m in methods]
   plan = [
@@ -100,7 +102,6 @@ def run_digits(config: ConfigDict, workdir: pathlib.Path) -> Report:
     groups += [(m,) for m in methods if m not in (QKR, CGA)]
     work += [(group, bits, seed) for group in groups for seed in seeds]
   work = list(dict.fromkeys(work))  # `other_bits` may name `bits`.
-  measurements = Measurements(workdir, config, (Run,))
   for job, of_job in train_all(config, teacher, work, measurements).items():
     for method, run in of_job.items():
       runs.setdefault((method, job[1]), []).append(run)
@@ -122,7 +123,7 @@ def export(config: ConfigDict, teacher: Teacher, runs, workdir: pathlib.Path) ->
     if method != config.methods[-1] or not exportable(settings.weight_quantizer, bits):
       continue
     model = trained_model(config, teacher, settings, of_seeds[0])
-    integer = nnx.jit(to_integer)(model)
+    integer = to_integer(model)
     file = workdir / f"{imagenet.slug(method)}-w{bits}a{bits}.safetensors"
     save_integer(file, integer, settings)
     classes = np.stack([recognised(model), recognised(integer)])
@@ -167,7 +168,7 @@ def evaluate_saved(config: ConfigDict) -> Report:
   return Report(tables=[Table("A saved model with integer products", columns, [row])])
 
 
-def toy_regression(config: ConfigDict, steps: int = 1000) -> dict[str, list[float]]:
+def toy_regression(config: ConfigDict) -> dict[str, list[float]]:
   """Four 2-bit LSQ weights with one step, fitted to y = x w* by SGD.
 
   Three of them hold the step at 1; the last has its optimum between two levels, or on one.
@@ -175,28 +176,28 @@ def toy_regression(config: ConfigDict, steps: int = 1000) -> dict[str, list[floa
   Returns:
     {where: the highest frequency, at the end, with which a weight's level turns back, by seed}.
   """
-
-  @jax.jit
-  def frequencies(optimum, key):
-    def loss(params, x):
-      w, step = params
-      return jnp.mean((x @ (ste.lsq(w, step, (-2, 1)) - optimum)) ** 2)
-
-    def update(carry, key):
-      params, oscillation = carry
-      grads = jax.grad(loss)(params, jax.random.normal(key, (32, 4)))
-      w, step = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
-      codes = jnp.round(jnp.clip(w / step, -2, 1))
-      return ((w, step), update_oscillation(oscillation, codes)[0]), None
-
-    start = ((jnp.zeros(4), jnp.float32(1.0)), init_oscillation(jnp.zeros(4)))
-    return jax.lax.scan(update, start, jax.random.split(key, steps))[0][1].frequency.max()
-
   optima = {"on a threshold": (1.0, -1.0, -2.0, 0.5), "on a level": (1.0, -1.0, -2.0, 0.0)}
   keys = [jax.random.key(seed) for seed in config.seeds]
   return {
-    name: [float(frequencies(jnp.array(w), key)) for key in keys] for name, w in optima.items()
+    name: [float(_toy_frequency(jnp.array(w), key)) for key in keys] for name, w in optima.items()
   }
+
+
+@jax.jit
+def _toy_frequency(optimum, key):
+  def loss(params, x):
+    w, step = params
+    return jnp.mean((x @ (ste.lsq(w, step, (-2, 1)) - optimum)) ** 2)
+
+  def update(carry, key):
+    params, oscillation = carry
+    grads = jax.grad(loss)(params, jax.random.normal(key, (32, 4)))
+    w, step = jax.tree.map(lambda p, g: p - 0.01 * g, params, grads)
+    codes = jnp.round(jnp.clip(w / step, -2, 1))
+    return ((w, step), update_oscillation(oscillation, codes)[0]), None
+
+  start = ((jnp.zeros(4), jnp.float32(1.0)), init_oscillation(jnp.zeros(4)))
+  return jax.lax.scan(update, start, jax.random.split(key, TOY_STEPS))[0][1].frequency.max()
 
 
 def tables(config: ConfigDict, teacher: Teacher, runs) -> list[Table]:

@@ -49,7 +49,9 @@ def training_batches(
     )
   )
   rows = config.batch_size // jax.process_count()
-  return iter(mine.batch(rows, drop_remainder=True).to_iter_dataset())
+  # Images are read ahead, two batches of them: Grain's own buffer would hold 500 batches.
+  ahead = grain.ReadOptions(num_threads=16, prefetch_buffer_size=max(16, 2 * rows))
+  return iter(mine.to_iter_dataset(ahead).batch(rows, drop_remainder=True))
 
 
 def train_method(
@@ -91,7 +93,9 @@ def train_method(
     return step, optimizer
 
   step, optimizer = make(graphdef)
-  state = init_train_state(params, optimizer, jax.random.key(seed))
+  # One program; the state of every parameter is otherwise made by programs of its own.
+  init = jax.jit(init_train_state, static_argnums=1, out_shardings=everywhere)
+  state = init(params, optimizer, jax.random.key(seed))
   switch = lambda state, **flags: dataclasses.replace(
     state, opt_state=optax.tree.set(state.opt_state, **flags)
   )
@@ -170,7 +174,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
       )
       of_integer = None
       if exportable(settings.weight_quantizer, config.bits):
-        integer = nnx.jit(to_integer)(trained)
+        integer = to_integer(trained)
         of_integer = top1(integer)
         if jax.process_index() == 0:
           save_integer(workdir / f"{name}.safetensors", integer, settings)

@@ -112,6 +112,7 @@ def exportable(weight_quantizer: str, bits: int) -> bool:
   return weight_quantizer != "statsq" or bits < 8
 
 
+@nnx.jit
 def to_integer(model: nnx.Module) -> nnx.Module:
   """A copy of a trained model whose linear layers are integer products, the patch embedding aside.
 

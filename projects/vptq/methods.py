@@ -169,8 +169,9 @@ def integer_baselines(
   def finished(packed: Decoder) -> Quantized:
     result, proxies = nnx.clone(model), {}
     for i, block in enumerate(packed.blocks):
-      new = {path: weight.dequantize() for path, weight in quantized_weights(block).items()}
+      weights, new = quantized_weights(block), {}
       for path, w in get_kernels(model.blocks[i]).items():
+        new[path] = weights[path].dequantize(w.dtype)  # As in `gptq_weights`: one program.
         proxies[f"blocks.{i}.{path}"] = float(proxy_error(w, new[path], hessians()[i][path]))
       set_kernels(result.blocks[i], new)
     bits = bits_per_weight(packed.blocks)

@@ -175,6 +175,31 @@ def vector_mask(columns: int, v: int) -> Array:
 inverse_factor = jax.jit(inverse_cholesky)
 
 
+class Channels(NamedTuple):
+  """Some of a weight's input channels: w [in, out], importance [in], their part of U [in, in]."""
+
+  w: Array
+  importance: Array
+  u: Array
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def cut(w: Array, importance: Array, u: Array, *, count: int) -> tuple[Channels, Channels, Array]:
+  """The first `count` channels, the others, and the part of U between them [count, in - count].
+
+  One program, and no other for each slice.
+  """
+  of = lambda part: Channels(w[part], importance[part], u[part, part])
+  first, others = slice(count), slice(count, None)
+  return of(first), of(others), u[first, others]
+
+
+@jax.jit
+def no_feedback(u: Array) -> Array:
+  """The identity, in the place of U [in, in]: a channel's error stays its own."""
+  return jnp.eye(len(u))
+
+
 class ColumnPass(NamedTuple):
   """Result of one pass over the input channels.
 
@@ -361,7 +386,7 @@ def vptq(
   )
   if not settings.hessian_weighted:
     importance = jnp.ones_like(importance)
-  u = inverse_factor(h, settings.damping) if settings.feedback else jnp.eye(rows)
+  u = inverse_factor(h, settings.damping) if settings.feedback else no_feedback(h)
   outlier_key, key, residual_key = jax.random.split(key, 3)
   v, k, groups = settings.vector_length, settings.num_centroids, settings.num_groups
   fit = functools.partial(fit_codebooks, max_iterations=settings.kmeans_iterations)
@@ -369,35 +394,36 @@ def vptq(
 
   # Outliers come first, so that U of the channels behind them is the lower right corner of U.
   count = settings.num_outliers(rows)
-  rest, u_rest = w[count:], u[count:, count:]
-  assigned, outliers, outlier_codebook = jnp.zeros((0, columns)), None, None
+  leading, others, u_between = cut(w, importance, u, count=count)
+  rest = others.w
+  assigned, outliers, outlier_codebook = leading.w, None, None
   if count:
     outlier_codebook = fit(
-      w[:count],
-      importance[:count],
+      leading.w,
+      leading.importance,
       outlier_key,
       v=settings.outlier_vector_length,
       k=settings.num_outlier_centroids,
     )
-    assigned = run(w[:count], jnp.eye(count), outlier_codebook).quantized
-    outliers = run(w[:count], u[:count, :count], outlier_codebook)
-    rest = rest - jnp.matmul(u[:count, count:].T, outliers.feedback, precision="highest")
+    assigned = run(leading.w, no_feedback(leading.u), outlier_codebook).quantized
+    outliers = run(leading.w, leading.u, outlier_codebook)
+    rest = rest - jnp.matmul(u_between.T, outliers.feedback, precision="highest")
 
-  codebooks = fit(w[count:], importance[count:], key, v=v, k=k, groups=groups)
-  nearest = run(w[count:], jnp.eye(rows - count), codebooks)
-  first = run(rest, u_rest, codebooks) if settings.feedback else nearest
+  codebooks = fit(others.w, others.importance, key, v=v, k=k, groups=groups)
+  nearest = run(others.w, no_feedback(others.u), codebooks)
+  first = run(rest, others.u, codebooks) if settings.feedback else nearest
   final, residual_codebooks = first, None
   if settings.num_residual_centroids:
     residual_codebooks = fit(
       first.error,
-      importance[count:],
+      others.importance,
       residual_key,
       v=v,
       k=settings.num_residual_centroids,
       groups=groups,
     )
     # The pass starts again from the weights that the first one started from.
-    final = run(rest, u_rest, codebooks, residual_codebooks)
+    final = run(rest, others.u, codebooks, residual_codebooks)
 
   outlier_values = outliers.quantized if count else assigned
   stages = (

@@ -24,6 +24,7 @@ from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import QuantizedKernel
 from common.quantization.reconstruction import Learned, ReconstructionSettings, reconstruct
 from common.quantization.straight_through import lsq
+from common.reporting import plots
 from projects.flexround import (
   config,
   convnets,
@@ -38,7 +39,7 @@ from projects.flexround.flexround import (
   FlexRoundSettings,
   feature_sum,
   grid_shift,
-  make_optimizer,
+  optimizer_of,
   pack,
   quantize_block,
 )
@@ -51,8 +52,6 @@ from projects.flexround.methods import (
 )
 from projects.flexround.scale_search import NORM, initial_scales
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
-
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "flexround"
 FORMATS = [
@@ -285,7 +284,8 @@ def test_blocks_are_streamed_packed_and_compiled_once():
     quantize_block,
     settings=settings,
     reconstruction=language_experiment.reconstruction_settings(TINY),
-    optimizer=make_optimizer(TINY.learning_rates.FlexRound[0], TINY.steps),
+    optimizer=optimizer_of(TINY.steps),
+    learning_rate=TINY.learning_rates.FlexRound[0],
     key=jax.random.key(0),
   )
   listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
@@ -402,6 +402,8 @@ def test_tiny_run(tmp_path, monkeypatch):
   for module in (network_experiment, language_experiment):
     monkeypatch.setattr(module, "quantize", None)
     monkeypatch.setattr(module, "sweep", None)
+  for plot in ("bar_plot", "line_plot"):  # They would draw the same again.
+    monkeypatch.setattr(plots, plot, lambda path, *args, **options: path.stat())
   assert experiment.run(tiny, tmp_path) == report
 
 

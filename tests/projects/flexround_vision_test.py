@@ -14,8 +14,6 @@ from projects.flexround import config, experiment, methods, vision_checkpoint
 from projects.flexround.convnets import run_conv_unit
 from projects.flexround.vision_checkpoint import open_checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LABELS = ("a", "b", "c")
 RESNET = ResNetConfig(
   embedding_size=8, hidden_sizes=(8,), depths=(1,), block="basic", labels=LABELS
@@ -121,15 +119,18 @@ def test_the_run_on_a_mobilenet(data, tmp_path, monkeypatch):
   assert seen == [([1, 2, 3], (16, 16))] * 2
 
 
-def test_a_seed_draws_other_images(data):
-  network_of, _ = open_checkpoint(preset(data))
+@pytest.fixture(scope="module")
+def network_of(data):
+  return open_checkpoint(preset(data))[0]
+
+
+def test_a_seed_draws_other_images(network_of):
   first, second = (network_of(seed).images for seed in (0, 1))
   assert first.shape == (4, 16, 16, 3) and len(np.unique(first, axis=0)) == 4
   assert not np.array_equal(first, second)
 
 
-def test_passes_of_a_few_rows_give_the_whole(data, monkeypatch):
-  network_of, _ = open_checkpoint(preset(data))
+def test_passes_of_a_few_rows_give_the_whole(network_of, monkeypatch):
   network = network_of(0)
   unit = network.model.stem
   whole = methods.run_unit(unit, network.images, None, run_conv_unit)

@@ -14,8 +14,6 @@ from projects.llm_fp4 import config as llm_fp4_config
 from projects.llm_fp4 import encoder_experiment
 from tests.common.models.small_classifier import write_classifier
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def test_retrieval_and_domains_of_a_sentence_encoder(tmp_path):
   try:

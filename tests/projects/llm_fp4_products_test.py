@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 from common.errors import UserError
@@ -19,9 +20,8 @@ from projects.llm_fp4.layers import FPQAttention
 from projects.llm_fp4.llm_fp4 import FPQSettings
 from tests.common.models.small_decoders import ARCHITECTURES, random_decoder, random_tokens
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-# As many classes as channels: one program searches all linears.
+# As many classes as channels, as many samples as tokens that are looked at: one program searches all
+# linears.
 CONFIG = EncoderConfig(
   vocab_size=32, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2,
   max_position_embeddings=8, pooler=True, head="sequence", labels=tuple("abcdefghijklmnop"),
@@ -44,10 +44,11 @@ def encoder():
 
 @pytest.fixture(scope="module")
 def samples():
-  """Four texts, the second and the last with padding; their classes."""
-  tokens = jnp.asarray(np.random.default_rng(1).integers(1, 32, (4, 8)), jnp.int32)
-  segment_ids = jnp.ones_like(tokens).at[1, 3:].set(0).at[3, :2].set(0)
-  return tokens, segment_ids, np.array([3, 0, 7, 15])
+  """Texts, the second and the fourth with padding; their classes."""
+  tokens = np.random.default_rng(1).integers(1, 32, (SETTINGS.tokens, 8), np.int32)
+  segment_ids = np.ones_like(tokens)
+  segment_ids[1, 3:] = segment_ids[3, :2] = 0
+  return jnp.asarray(tokens), jnp.asarray(segment_ids), np.arange(SETTINGS.tokens) * 5 % 16
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +81,23 @@ def test_search_of_a_product_against_trying_everything():
     least = float(found.output_error) * (1 - 1e-4)
     assert least <= error(rounded(left, i, gamma * start(left)[i]), b)
     assert least <= error(a, rounded(right, i, gamma * start(right)[i]))
+
+
+def test_metrics():
+  y = np.float32(np.random.default_rng(0).normal(size=(50, 3)))
+  other = np.float32(y + 0.1 * np.random.default_rng(1).normal(size=(50, 3)))
+  a, b = np.asarray(y, np.float64), np.asarray(other, np.float64)
+  expected = {
+    "l2": ((a - b) ** 2).mean(axis=0),
+    "l1": abs(a - b).mean(axis=0),
+    "cosine": [1 - p @ q / np.linalg.norm(p) / np.linalg.norm(q) for p, q in zip(a.T, b.T)],
+    "pearson": [1 - np.corrcoef(p, q)[0, 1] for p, q in zip(a.T, b.T)],
+  }
+  found = jax.jit(lambda *pair: {name: metric(*pair) for name, metric in llm_fp4.METRICS.items()})(
+    y, other
+  )
+  for name, values in expected.items():
+    np.testing.assert_allclose(found[name], values, rtol=1e-2, atol=1e-6)
 
 
 def test_attention_of_many_mantissa_bits_is_attention():
@@ -126,17 +144,18 @@ def test_gradients_of_a_classifier(encoder, samples):
   """By the logits they are softmax - label; a padding token has none."""
   tokens, segment_ids, labels = samples
   got = gradients.loss_gradients(encoder, tokens, labels, segment_ids=segment_ids)
-  logits = nnx.jit(lambda model: model(tokens, segment_ids=segment_ids).logits)(encoder)
-  expected = jax.nn.softmax(logits) - jax.nn.one_hot(labels, 16)
+  outputs = nnx.jit(lambda model: model(tokens, segment_ids=segment_ids))(encoder)
+  pooled = np.asarray(outputs.pooled)
+  expected = scipy.special.softmax(outputs.logits, axis=-1) - np.eye(16, dtype=np.float32)[labels]
   np.testing.assert_allclose(got["sequence_classifier"], expected, atol=1e-5)
-  kernel = encoder.sequence_classifier.kernel[...]
-  pooled = nnx.jit(lambda model: model(tokens, segment_ids=segment_ids).pooled)(encoder)
+  kernel = np.asarray(encoder.sequence_classifier.kernel[...])
   of_pooler = (1 - pooled**2) * (expected @ kernel.T)
   np.testing.assert_allclose(got["pooler"], of_pooler, atol=1e-5)
   # The pooler reads the first token of the last block.
-  assert not np.any(got["blocks.0"][:, 1:])
-  of_first = of_pooler @ encoder.pooler.kernel[...].T
-  np.testing.assert_allclose(got["blocks.0"][:, 0], of_first, atol=1e-5)
+  of_block = np.asarray(got["blocks.0"])
+  assert not np.any(of_block[:, 1:])
+  of_first = of_pooler @ np.asarray(encoder.pooler.kernel[...]).T
+  np.testing.assert_allclose(of_block[:, 0], of_first, atol=1e-5)
 
 
 def test_queries_that_count_come_first():
@@ -186,11 +205,11 @@ def test_integer_products_have_the_range_of_what_is_no_padding(encoder, samples)
   )
   attend = get_module(integer, PATH)
   assert isinstance(attend, QuantizedAttention)
-  x, context = encoder.stem(tokens, segment_ids)
-  key = encoder.blocks[0].attention.k_proj(x)[segment_ids == 1]
+  keys = lambda model: model.blocks[0].attention.k_proj(model.stem(tokens, segment_ids)[0])
+  key = np.asarray(nnx.jit(keys)(encoder))[np.asarray(segment_ids) == 1]
   expected = min(key.min(), 0), max(key.max(), 0)
   np.testing.assert_allclose(attend.ranges["key"][...], expected, rtol=1e-4)
-  low, high = attend.ranges[OPERANDS[3]][...]
+  low, high = np.asarray(attend.ranges[OPERANDS[3]][...])
   assert low == 0 and 0.1 < high <= 1
 
 

@@ -14,8 +14,6 @@ from common.models.vit import VisionTransformer, VisionTransformerConfig
 from projects.llm_fp4 import config, experiment, vision_experiment
 from projects.llm_fp4.compile_steps import compile_steps
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # As many classes as channels: one program searches all linears.
 DEIT = VisionTransformerConfig(
   image_size=(8, 8),

@@ -11,8 +11,6 @@ from common.models.swin import Swin, SwinConfig
 from projects.ofq import config, experiment, training
 from projects.ofq.integer_model import load_integer
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 SWIN = SwinConfig(
   image_size=(8, 8),
   patch_size=(2, 2),

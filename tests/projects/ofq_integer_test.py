@@ -5,7 +5,6 @@ import functools
 import pathlib
 import types
 
-import jax
 import numpy as np
 import pytest
 import safetensors
@@ -14,7 +13,7 @@ from flax import nnx
 from common.checkpoints.shards import save_tensors
 from common.errors import UserError
 from common.models.vit import VisionTransformer
-from projects.ofq import config, digits, digits_runs, experiment, ofq
+from projects.ofq import config, digits, digits_runs, experiment
 from projects.ofq.integer_model import (
   IntegerLinear,
   exportable,
@@ -26,14 +25,24 @@ from projects.ofq.integer_model import (
 from projects.ofq.ofq import QATSettings
 
 SETTINGS = QATSettings(3, 3)
-VIT = dataclasses.replace(digits.vit_config(8, 1, 2, 4), labels=("a", "b", "c"))
+VIT = digits.vit_config(8, 1, 2, 4)
+
+
+@functools.cache
+def teacher():
+  """A model of the digits, untrained."""
+  model = nnx.jit(lambda: VisionTransformer(VIT, rngs=nnx.Rngs(1)))()
+  return digits_runs.Teacher(digits.load(0), model, 0.0)
+
+
+@functools.cache
+def start_model():
+  return digits_runs.start_model(config.get_config("tiny"), teacher(), SETTINGS)
 
 
 @functools.cache
 def integer_model():
-  model = ofq.quantize(VisionTransformer(VIT, rngs=nnx.Rngs(0)), SETTINGS)
-  ofq.calibrate(model, jax.random.normal(jax.random.key(0), (4, 8, 8, 1)))
-  return nnx.jit(to_integer)(model)
+  return to_integer(start_model())
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def test_a_saved_model_needs_images_that_it_takes(monkeypatch, tmp_path):
     ("digits", r"takes images \(8, 4, 1\), digits has \(8, 8, 1\)"),
     ("folder:/nowhere", r"takes images \(8, 4, 1\), .* has \(8, 4, 3\)"),
     ("mnist", "unknown data 'mnist'"),
-    (f"folder:{tmp_path}", "val of folder:.* has 2 classes, the classifier of some.* 3"),
+    (f"folder:{tmp_path}", "val of folder:.* has 2 classes, the classifier of some.* 10"),
   ):
     wrong.data = data
     if data == "mnist":
@@ -100,12 +109,10 @@ def test_a_saved_model_needs_images_that_it_takes(monkeypatch, tmp_path):
 def test_training_saves_the_last_methods_model(tmp_path):
   """The export of a run, and `--config.integer_model` on its file, give one accuracy."""
   tiny = config.get_config("tiny")
-  model = VisionTransformer(digits.vit_config(8, 1, 2, 4), rngs=nnx.Rngs(1))
-  teacher = digits_runs.Teacher(digits.load(0), model, 0.0)
-  params = nnx.to_pure_dict(nnx.state(digits_runs.start_model(tiny, teacher, SETTINGS)))
+  params = nnx.to_pure_dict(nnx.state(start_model()))
   run = experiment.Run(*[None] * 6, params)
   runs = {(experiment.QKR, 3): [run], (experiment.CGA, 3): [run], (experiment.CGA, 8): [run]}
-  table = experiment.export(tiny, teacher, runs, tmp_path)
+  table = experiment.export(tiny, teacher(), runs, tmp_path)
   [(method, bits, trained, integer, alike, name)] = table.rows  # 8-bit StatsQ has no export.
   assert (method, bits, name) == (experiment.CGA, "W3A3", "statsq-qkr-cga-w3a3.safetensors")
   # Sums in another order: an activation on a tie may round the other way, in an image or two.

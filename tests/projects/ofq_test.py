@@ -17,8 +17,6 @@ from projects.ofq import config, digits_runs, experiment, ofq, oscillation, trai
 from projects.ofq.integer_model import integer_tensors, to_integer
 from projects.ofq.ofq import QATSettings
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "ofq" / "statsq_lsq_cga.npz")
 VIT = VisionTransformerConfig(
   image_size=(4, 4),
@@ -335,7 +333,7 @@ def test_the_integer_model_computes_the_same(settings):
   for _, quantizer in nnx.iter_modules(model):
     if isinstance(quantizer, ofq.ActivationQuantizer) and quantizer.offset_after is not None:
       quantizer.offset_after[...] = jnp.asarray(0.1 * random(0, *quantizer.offset_after.shape))
-  integer = nnx.jit(to_integer)(model)
+  integer = to_integer(model)
   expected, found = nnx.jit(lambda a, b: (a(IMAGES).logits, b(IMAGES).logits))(model, integer)
   # Sums in another order; an activation on a tie could round the other way, and none does.
   np.testing.assert_allclose(found, expected, atol=1e-4)
