@@ -311,30 +311,35 @@ def final_model(
   """What a user takes home: the saved search, the folded 4-bit model, zero-shot accuracy."""
   bits = config.bits
   settings = fpq_settings(config, bits)
-  search = search_model(base.model, tokens, settings, embedding_bits=bits)
-  search_result.save(workdir / "search.safetensors", search, settings)
-  make = lambda packed: apply_to_model(
-    base.model, search, settings, embedding_bits=bits, packed=packed
-  )
-  folded, simulated = make(True), make(False)
-  text = jnp.asarray(windows[:1])
-  expected, found = (np.asarray(_logits(model, text)) for model in (simulated, folded))
-  difference = np.abs(found - expected).max() / np.abs(expected).max()
-  chosen = lambda formats, field: ", ".join(
-    f"{format} {sum(int(getattr(s, field)) == i for s in search.linears.values())}"
-    for i, format in enumerate(formats)
-  )
-  offsets = np.concatenate([np.asarray(s.offsets) for s in search.linears.values()])
+
+  def measure() -> dict[str, str]:
+    search = search_model(base.model, tokens, settings, embedding_bits=bits)
+    search_result.save(workdir / "search.safetensors", search, settings)
+    make = lambda packed: apply_to_model(
+      base.model, search, settings, embedding_bits=bits, packed=packed
+    )
+    folded, simulated = make(True), make(False)
+    text = jnp.asarray(windows[:1])
+    expected, found = (np.asarray(_logits(model, text)) for model in (simulated, folded))
+    difference = np.abs(found - expected).max() / np.abs(expected).max()
+    linears = search.linears.values()
+    chosen = lambda formats, field: ", ".join(
+      f"{format} {sum(int(getattr(s, field)) == i for s in linears)}"
+      for i, format in enumerate(formats)
+    )
+    offsets = np.concatenate([np.asarray(s.offsets) for s in linears])
+    return {
+      "linears by weight format": chosen(settings.weight_formats, "weight_format"),
+      "linears by activation format": chosen(settings.activation_formats, "activation_format"),
+      "channels with an offset above 0": f"{np.mean(offsets > 0):.1%}",
+      "largest difference of folded and simulated logits, relative": f"{float(difference):.2e}",
+    }
+
   report.tables.append(
     Table(
       f"The folded model, natural, {bits}/{bits}/{bits}",
       ["quantity", "value"],
-      [
-        ["linears by weight format", chosen(settings.weight_formats, "weight_format")],
-        ["linears by activation format", chosen(settings.activation_formats, "activation_format")],
-        ["channels with an offset above 0", f"{np.mean(offsets > 0):.1%}"],
-        ["largest difference of folded and simulated logits, relative", f"{float(difference):.2e}"],
-      ],
+      [list(row) for row in measurements.get("folded model", measure).items()],
       note="Pre-shifted activation codes times folded weight codes, against Q(x) Q(W).",
     )
   )

@@ -478,7 +478,8 @@ def test_tiny_run(tmp_path, monkeypatch):
   assert rows["FPQ"][1] == "4/4/4" and all(np.isfinite(row[2]) for row in rows.values())
   assert len(report.claims) == 5
   # After a kill the same command measures nothing again.
-  monkeypatch.setattr(language_experiment, "window_losses", None)
+  for name in ("window_losses", "search_model"):
+    monkeypatch.setattr(language_experiment, name, None)
   assert experiment.run(tiny, tmp_path) == report
 
 
