@@ -19,7 +19,7 @@ from common.models.base import BaseModel, base_model
 from common.reporting import plots
 from common.reporting.measurements import Measurements
 from common.reporting.report import Claim, Column, Figure, Report, Table
-from projects.vptq.blocks import model_hessians, quantize_with_hessians
+from projects.vptq.blocks import model_hessians
 from projects.vptq.methods import (
   Method,
   ablations,
@@ -27,7 +27,6 @@ from projects.vptq.methods import (
   held_out_windows,
   main_methods,
   quantize_vptq,
-  residual_settings,
 )
 
 
@@ -36,7 +35,7 @@ class Outcome(NamedTuple):
 
   index_bits: float
   bits: float
-  proxy_errors: dict[str, float] | None
+  proxy_errors: dict[str, list[float]] | None
   losses: WindowLosses
   seconds: float
 
@@ -61,12 +60,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
       )
     if seed == config.seeds[0]:
       ablated = measure_ablations(config, base, windows, hessians, key, measurements)
-      stages = measurements.get(
-        "stages", functools.partial(stage_errors, config, base, hessians, key)
-      )
   main_table(config, full, results, workdir, report)
   lengths = ablation_table(config, full, results, ablated, report)
-  stage_table(stages, report)
+  stage_table(results["VPTQ, residual"][0].proxy_errors, report)
   report.claims.extend(claims(config, full, results, lengths))
   packed_model(config, base, method, results, windows, measurements, report)
   return report
@@ -95,15 +91,9 @@ def measure_ablations(
   return rows
 
 
-def stage_errors(config, base: BaseModel, hessians, key) -> dict[str, list[float]]:
-  """{path of the linear: its proxy error after each stage} of the two-stage variant."""
-  _, errors = quantize_with_hessians(base.model, hessians(), residual_settings(config), key)
-  return {path: [float(e) for e in error] for path, error in errors.items()}
-
-
 def _mean_proxy(outcome: Outcome) -> float | None:
-  proxies = outcome.proxy_errors
-  return None if proxies is None else float(np.mean(list(proxies.values())))
+  errors = outcome.proxy_errors
+  return None if errors is None else float(np.mean([of[-1] for of in errors.values()]))
 
 
 def main_table(
@@ -242,11 +232,11 @@ def claims(
   """The paper's statements, one number per seed."""
   nll = {name: [outcome.losses.nats_per_token for outcome in v] for name, v in results.items()}
   proxy = {name: [outcome.proxy_errors for outcome in v] for name, v in results.items()}
-  mean = lambda name: [float(np.mean(list(errors.values()))) for errors in proxy[name]]
+  mean = lambda name: list(map(_mean_proxy, results[name]))
   pair = lambda values, a, b: {a: values(a), b: values(b)}
 
   def worst_ratio(a: str, b: str) -> list[float]:
-    return [max(x[path] / y[path] for path in x) for x, y in zip(proxy[a], proxy[b], strict=True)]
+    return [max(x[p][-1] / y[p][-1] for p in x) for x, y in zip(proxy[a], proxy[b], strict=True)]
 
   loss = nll.__getitem__
   less = lambda statement, values, a, b: Claim.less(statement, pair(values, a, b))

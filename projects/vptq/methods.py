@@ -40,15 +40,15 @@ class Quantized(NamedTuple):
     index_bits: bits of the codes alone, per weight.
     bits: of everything that is stored, per weight; of packed models that of their arrays, padding
       included.
-    proxy_errors: {path of the linear: tr(dW^T H dW) / tr(W^T H W)}; None where the weights were
-      made for other inputs.
+    proxy_errors: {path of the linear: tr(dW^T H dW) / tr(W^T H W) after each stage, the last that
+      of the result}; None where the weights were made for other inputs.
   """
 
   model: Decoder
   packed: Decoder | None
   index_bits: float
   bits: float
-  proxy_errors: dict[str, float] | None
+  proxy_errors: dict[str, list[float]] | None
 
 
 class Method(NamedTuple):
@@ -123,7 +123,7 @@ def stored(
   model: Decoder, packed: Decoder, errors: dict[str, ProxyErrors] | None = None
 ) -> Quantized:
   """The result whose model with packed indices is `packed`; `errors`: see `Quantized`."""
-  proxies = None if errors is None else {path: float(e.residual) for path, e in errors.items()}
+  proxies = None if errors is None else {path: list(map(float, e)) for path, e in errors.items()}
   return Quantized(dense(packed, model), packed, *bits_of(packed), proxies)
 
 
@@ -149,7 +149,7 @@ def quantize_gptvq(
     for (path, w), use in zip(kernels.items(), keys):
       method.check(w.shape, path)
       new[path], error = gptvq(w, hessians[i][path], use, method)
-      proxies[f"blocks.{i}.{path}"] = float(error)
+      proxies[f"blocks.{i}.{path}"] = [float(error)]
       rows, v = w.shape[0], method.vector_length
       index = -(-rows // v) * np.log2(method.num_centroids) / rows
       values = method.num_centroids * v + (2 * rows if method.normalize else 0)
@@ -172,7 +172,8 @@ def integer_baselines(
       weights, new = quantized_weights(block), {}
       for path, w in get_kernels(model.blocks[i]).items():
         new[path] = weights[path].dequantize(w.dtype)  # As in `gptq_weights`: one program.
-        proxies[f"blocks.{i}.{path}"] = float(proxy_error(w, new[path], hessians()[i][path]))
+        error = proxy_error(w, new[path], hessians()[i][path])
+        proxies[f"blocks.{i}.{path}"] = [float(error)]
       set_kernels(result.blocks[i], new)
     bits = bits_per_weight(packed.blocks)
     return Quantized(result, None, config.bits, bits, proxies)

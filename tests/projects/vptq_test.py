@@ -433,6 +433,6 @@ def test_tiny_run(tmp_path, monkeypatch):
   for figure in report.figures:
     assert (tmp_path / figure.path).stat().st_size > 0
   # The same command after a kill: what was measured is neither quantized nor scored again.
-  for name in ("model_hessians", "measure_method", "stage_errors", "window_losses", "generate"):
+  for name in ("model_hessians", "measure_method", "window_losses", "generate"):
     monkeypatch.setattr(experiment, name, never)
   assert experiment.run(config.get_config("tiny"), tmp_path) == report
