@@ -427,4 +427,5 @@ def test_tiny_run(tmp_path, monkeypatch):
   assert len(report.claims) == 5 and "query_key" in [c.name for c in layers.columns]
   # After a kill the same command trains nothing again.
   monkeypatch.setattr(digits_runs, "train_methods", None)
+  monkeypatch.setattr(digits_runs.digits, "pretrain", None)
   assert experiment.run(tiny, tmp_path) == report
