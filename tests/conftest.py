@@ -11,8 +11,8 @@ cli.prepare_jax()
 import jax  # noqa: E402
 
 if os.environ.get("JAX_PLATFORMS") == "cpu":
-  # The programs of most tests run once, and to optimize them takes far longer. So do those of the
-  # processes that tests start; programs for TPU are the same.
+  # The programs of most tests run once, and to optimize them takes far longer. The variable is for the
+  # processes that tests start. Programs that are compiled for TPU stay the same.
   jax.config.update("jax_disable_most_optimizations", True)
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 

@@ -150,6 +150,7 @@ def _round_to_codes_backward(code_range, arrays, dy):
 _round_to_codes.defvjp(_round_to_codes_forward, _round_to_codes_backward)
 
 
+@functools.partial(jax.jit, static_argnames=("format", "observer", "percentile", "steps"))
 def static_range(
   batches: Array,
   format: ActivationFormat,

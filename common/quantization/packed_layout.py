@@ -176,7 +176,7 @@ def from_tensors(
     if value is None or value.shape != variable.shape:
       found = "is missing" if value is None else f"has shape {value.shape}"
       raise UserError(f"tensor {name} {found}, expected {variable.shape}")
-    flat[path] = variable.replace(jnp.asarray(value, dtype))
+    flat[path] = variable.replace(jax.device_put(np.asarray(value, dtype)))
   if rest:
     raise UserError(f"unexpected tensors: {', '.join(sorted(rest))}")
   return nnx.merge(graphdef, nnx.State.from_flat_path(flat))

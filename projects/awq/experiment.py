@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
   seconds: float
 
 
-class Taken(NamedTuple):
+class PackedOutcome(NamedTuple):
   """What the last table shows of a model that is taken home; `bits` as above."""
 
   bits: float
@@ -64,7 +64,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> Report:
   if config.outlier_variant:
     variants["outlier"] = lambda: inject_outliers(base.model, jax.random.key(0))
 
-  measurements = Measurements(workdir, config, (Outcome, Taken, WindowLosses))
+  measurements = Measurements(workdir, config, (Outcome, PackedOutcome, WindowLosses))
   report = Report(tables=[], figures=[], claims=[])
   setting = (config, evaluation, measurements, report)
   parts = []
@@ -347,19 +347,19 @@ def final_model(
   )
   prompt = windows[0][:24].tolist()
 
-  def measure(make: Callable[[], Decoder]) -> Taken:
+  def measure(make: Callable[[], Decoder]) -> PackedOutcome:
     candidate = make()
     bits = 32.0 if candidate is model else bits_per_weight(candidate.blocks)
     (continuation,) = generate(candidate, [prompt], max_new_tokens=24)
     accuracy = choice_accuracy(candidate, questions).accuracy
-    return Taken(bits, accuracy, base.tokenizer.decode(continuation))
+    return PackedOutcome(bits, accuracy, base.tokenizer.decode(continuation))
 
   rows = []
   candidates = {"full precision": lambda: model, "RTN": lambda: rtn(model, format), "AWQ": searched}
   for name, make in candidates.items():
-    taken = measurements.get(f"packed model, {name}", functools.partial(measure, make))
-    megabytes = block_parameters(model) * taken.bits / 8 / 1e6
-    rows.append([name, taken.bits, megabytes, taken.accuracy, repr(taken.continuation)])
+    found = measurements.get(f"packed model, {name}", functools.partial(measure, make))
+    megabytes = block_parameters(model) * found.bits / 8 / 1e6
+    rows.append([name, found.bits, megabytes, found.accuracy, repr(found.continuation)])
   report.tables.append(
     Table(
       f"The packed model, INT{format.bits}",

@@ -3,8 +3,6 @@
 x_hat = s (clip(round(x / s), -z, 2^n - 1 - z)),  z fixed at initialisation      (per tensor)
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -57,13 +55,8 @@ def learn_inputs(module: nnx.Module, inputs: dict[str, Array], format: Activatio
     format: a per-tensor format.
   """
   for path, x in inputs.items():
-    low, high = _nearest_range(x, format)
+    low, high = static_range(x, format, "mse")
     replace_module(module, path, LearnedInput(get_module(module, path), format, low, high))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _nearest_range(x: Array, format: ActivationFormat) -> tuple[Array, Array]:
-  return static_range(x[None], format, "mse")
 
 
 def freeze_inputs(module: nnx.Module) -> None:

@@ -29,7 +29,6 @@ from common.quantization.quantized_array import IntegerFormat, QuantizedArray, f
 from common.quantization.quantized_kernel import quantize_kernels, quantized_kernels
 from common.quantization.reconstruction import (
   Learned,
-  OptimizerOfRate,
   ReconstructionLog,
   ReconstructionSettings,
   reconstruct,
@@ -159,12 +158,6 @@ def make_optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransf
   return optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
 
 
-@functools.cache
-def optimizer_of(num_steps: int) -> OptimizerOfRate:
-  """`make_optimizer` of a rate, the same object for the same steps: a key of compilations."""
-  return functools.partial(make_optimizer, num_steps=num_steps)
-
-
 def feature_sum(student: nnx.Module, output: Array, target: Array, progress: Array) -> Array:
   """The objective || f(X) - f_q(X_q) ||^2, float32 []: summed over features, averaged over the rest.
 
@@ -182,8 +175,7 @@ def learn_block(
   key: Array,
   settings: FlexRoundSettings,
   reconstruction: ReconstructionSettings,
-  optimizer: optax.GradientTransformation | OptimizerOfRate,
-  learning_rate: float | None = None,
+  optimizer: optax.GradientTransformation,
 ) -> tuple[Block, ReconstructionLog]:
   """A copy of a transformer block whose linears have learned `FlexRound` kernels.
 
@@ -194,8 +186,7 @@ def learn_block(
     key: of the batches and of QDrop.
     settings: what is learned.
     reconstruction: how long; `drop_probability` is QDrop's.
-    optimizer: see `make_optimizer`; with a `learning_rate`, `optimizer_of` the number of steps.
-    learning_rate: see `reconstruct`.
+    optimizer: see `make_optimizer`.
 
   Raises:
     UserError: a weight or an input is NaN or infinite, or the group size does not divide.
@@ -216,7 +207,6 @@ def learn_block(
     key,
     reconstruction,
     optimizer,
-    learning_rate=learning_rate,
     full_precision_inputs=x.full_precision,
     objective=feature_sum,
   )
@@ -230,9 +220,8 @@ def quantize_block(
   *,
   settings: FlexRoundSettings,
   reconstruction: ReconstructionSettings,
-  optimizer: optax.GradientTransformation | OptimizerOfRate,
+  optimizer: optax.GradientTransformation,
   key: Array,
-  learning_rate: float | None = None,
 ) -> Block:
   """`learn_block`, then packed: the function that `quantize_blocks(..., stream="both")` takes.
 
@@ -240,13 +229,11 @@ def quantize_block(
 
   Args:
     index: of the block; every block has its own batches.
-    block, x, context, settings, reconstruction, optimizer, learning_rate: see `learn_block`.
+    block, x, context, settings, reconstruction, optimizer: see `learn_block`.
     key: of the whole model.
   """
   key = jax.random.fold_in(key, index)
-  learned, _ = learn_block(
-    block, x, context, key, settings, reconstruction, optimizer, learning_rate
-  )
+  learned, _ = learn_block(block, x, context, key, settings, reconstruction, optimizer)
   return pack_block(learned, settings.format)
 
 

@@ -157,8 +157,8 @@ def compare_on_language_model(
       ],
       rows,
       note=(
-        f"{len(config.model_seeds)} calibration draws at {config.model_bits} bits, one elsewhere. Choices: "
-        f"{len(questions)} questions, which of four endings (chance 0.25), last draw. Rates chosen "
+        f"{len(config.model_seeds)} calibration draws at {config.model_bits} bits, one elsewhere. "
+        f"Choices: {len(questions)} questions, which of four endings (chance 0.25), last draw. Rates chosen "
         f"on the first block's calibration error: {chosen}."
       ),
     )

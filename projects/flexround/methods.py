@@ -28,6 +28,7 @@ from common.quantization.quantized_kernel import (
   quantized_kernels,
 )
 from common.quantization.reconstruction import (
+  OptimizerOfRate,
   ReconstructionSettings,
   Run,
   reconstruct,
@@ -40,7 +41,7 @@ from projects.flexround.flexround import (
   GridShift,
   feature_sum,
   grid_shift,
-  optimizer_of,
+  make_optimizer,
 )
 from projects.flexround.scale_search import initial_scales
 
@@ -99,6 +100,12 @@ class QuantizedUnit(NamedTuple):
   error: float
   losses: Array | None = None
   shifts: dict[str, GridShift] = {}
+
+
+@functools.cache
+def optimizer_of(num_steps: int) -> OptimizerOfRate:
+  """`make_optimizer` of a rate, the same object for the same steps: a key of compilations."""
+  return functools.partial(make_optimizer, num_steps=num_steps)
 
 
 def choose_learning_rate(

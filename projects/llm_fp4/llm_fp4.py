@@ -102,7 +102,10 @@ class FPQSettings:
 
   @property
   def per_tensor(self) -> "FPQSettings":
-    """For tensors with one bias: what is equal here has one program."""
+    """Those of a search with one bias for a tensor, such as an operand of attention.
+
+    It has no use for the settings of weights: with these alike it is one program for all of them.
+    """
     return dataclasses.replace(
       self, weight_bits=self.activation_bits, pre_shifted=False, fold="exact"
     )

@@ -39,7 +39,7 @@ def observed_range(
   """
   if observer == "token_wise":
     return token_wise_range(x, percentile / 100)
-  return _static_range(x, format, observer, percentile=percentile)
+  return static_range(x, format, observer, percentile=percentile)
 
 
 def needs_all_tokens(observer: Observer) -> bool:
@@ -139,6 +139,3 @@ def real_tokens(x: Array, mask: Array, all_tokens: bool) -> Array:
   if all_tokens:
     return tokens
   return jnp.stack([tokens.min(axis=-2), tokens.max(axis=-2)], axis=-2)
-
-
-_static_range = jax.jit(static_range, static_argnums=(1, 2), static_argnames="percentile")

@@ -394,10 +394,10 @@ def vptq(
 
   # Outliers come first, so that U of the channels behind them is the lower right corner of U.
   count = settings.num_outliers(rows)
-  leading, others, u_between = cut(w, importance, u, count=count)
-  rest = others.w
-  assigned, outliers, outlier_codebook = leading.w, None, None
+  others, rest = Channels(w, importance, u), w
+  assigned, outliers, outlier_codebook = jnp.zeros((0, columns)), None, None
   if count:
+    leading, others, u_between = cut(w, importance, u, count=count)
     outlier_codebook = fit(
       leading.w,
       leading.importance,
@@ -407,7 +407,7 @@ def vptq(
     )
     assigned = run(leading.w, no_feedback(leading.u), outlier_codebook).quantized
     outliers = run(leading.w, leading.u, outlier_codebook)
-    rest = rest - jnp.matmul(u_between.T, outliers.feedback, precision="highest")
+    rest = others.w - jnp.matmul(u_between.T, outliers.feedback, precision="highest")
 
   codebooks = fit(others.w, others.importance, key, v=v, k=k, groups=groups)
   nearest = run(others.w, no_feedback(others.u), codebooks)

@@ -24,7 +24,6 @@ from common.quantization.quantized_array import IntegerFormat
 from common.quantization.quantized_kernel import QuantizedKernel
 from common.quantization.reconstruction import Learned, ReconstructionSettings, reconstruct
 from common.quantization.straight_through import lsq
-from common.reporting import plots
 from projects.flexround import (
   config,
   convnets,
@@ -39,7 +38,7 @@ from projects.flexround.flexround import (
   FlexRoundSettings,
   feature_sum,
   grid_shift,
-  optimizer_of,
+  make_optimizer,
   pack,
   quantize_block,
 )
@@ -284,8 +283,7 @@ def test_blocks_are_streamed_packed_and_compiled_once():
     quantize_block,
     settings=settings,
     reconstruction=language_experiment.reconstruction_settings(TINY),
-    optimizer=optimizer_of(TINY.steps),
-    learning_rate=TINY.learning_rates.FlexRound[0],
+    optimizer=make_optimizer(TINY.learning_rates.FlexRound[0], TINY.steps),
     key=jax.random.key(0),
   )
   listener = lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
@@ -402,8 +400,6 @@ def test_tiny_run(tmp_path, monkeypatch):
   for module in (network_experiment, language_experiment):
     monkeypatch.setattr(module, "quantize", None)
     monkeypatch.setattr(module, "sweep", None)
-  for plot in ("bar_plot", "line_plot"):  # They would draw the same again.
-    monkeypatch.setattr(plots, plot, lambda path, *args, **options: path.stat())
   assert experiment.run(tiny, tmp_path) == report
 
 
